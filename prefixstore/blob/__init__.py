@@ -1,0 +1,1 @@
+"""The blob format: headers, codecs and the checks that turn doubt into a miss. Pure: bytes in, bytes out."""

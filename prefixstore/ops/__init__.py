@@ -1,0 +1,1 @@
+"""Maintenance of a root: plan first, then execute."""

@@ -1,0 +1,1 @@
+"""What tests of prefixstore, ours and others, build on: contracts, faults and reference models."""

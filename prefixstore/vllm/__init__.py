@@ -1,0 +1,1 @@
+"""The border to vLLM; the only package that imports torch or vllm."""
