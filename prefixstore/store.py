@@ -1,1 +1,0 @@
-"""PrefixStore: the one object that composes the tree and the index."""
