@@ -1,0 +1,1 @@
+"""PrefixStore: the one object that composes the tree and the index."""

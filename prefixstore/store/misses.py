@@ -1,0 +1,54 @@
+"""Keys that were just seen missing, so that a long miss is paid once and not at every step.
+
+A miss is believed for ``ttl_s`` and no longer: another host may publish the chunk meanwhile, and this
+memory is what delays finding it. The map is bounded; when full the oldest miss is forgotten, which
+costs one probe.
+"""
+
+import threading
+from collections.abc import Iterable
+
+from prefixstore.clock import Clock
+from prefixstore.keys import Key
+
+__all__ = ["MissMemory"]
+
+
+class MissMemory:
+    """A bounded set of keys with an age; safe for concurrent use."""
+
+    def __init__(self, *, ttl_s: float, keys_max: int, clock: Clock) -> None:
+        self._ttl_s = ttl_s
+        self._keys_max = keys_max
+        self._clock = clock
+        self._lock = threading.Lock()
+        # A dict keeps insertion order and every entry has the same lifetime, so the first entries
+        # are always the next to expire.
+        self._forget_at_s: dict[Key, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._forget_at_s)
+
+    def add(self, key: Key) -> None:
+        """Remember that ``key`` is missing, from now on."""
+        now_s = self._clock.monotonic_s()
+        with self._lock:
+            self._forget_at_s.pop(key, None)
+            self._forget_at_s[key] = now_s + self._ttl_s
+            while len(self._forget_at_s) > self._keys_max:
+                del self._forget_at_s[next(iter(self._forget_at_s))]
+
+    def forget(self, keys: Iterable[Key]) -> None:
+        """Forget ``keys``: they were stored, or someone asks to look again."""
+        with self._lock:
+            for key in keys:
+                self._forget_at_s.pop(key, None)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._forget_at_s.clear()
+
+    def __contains__(self, key: Key) -> bool:
+        forget_at_s = self._forget_at_s.get(key)
+        return forget_at_s is not None and forget_at_s > self._clock.monotonic_s()
