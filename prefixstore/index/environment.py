@@ -1,0 +1,357 @@
+"""One LMDB environment, used as LMDB demands: the only module that imports lmdb.
+
+Owns the rules that make LMDB safe to share between processes that are killed at any moment:
+
+    opened once       Two openings in one process would share POSIX locks and lose them at the first
+                      close, so openings of one path share one ``Environment`` and are counted.
+    never over fork   In a child everything raises until it opens anew.
+    stale readers     A killed reader pins pages until the map is full, so ``reader_check`` runs at
+                      open, each minute and when the map is full.
+    growth            A full map doubles, up to a limit; a map that another process grew is adopted.
+    short             A transaction holds the work of one call and ends before it returns; values are
+                      copied out.
+
+LMDB has no page checksum, and a damaged page can kill its process. ``probe`` looks before an
+opening, values carry checksums, and damage found later is declared with a file beside the
+environment: this process stops using it and the next opening discards it. What remains is a page
+that was damaged after the probe: a crash, which a restart does not repeat.
+
+With ``sync=False`` a power cut tears the file; ``slots`` never hands out a file of another boot.
+"""
+
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeAlias, TypeVar
+
+import lmdb
+
+from prefixstore.clock import Clock
+from prefixstore.errors import ClosedError, UnavailableError
+
+__all__ = [
+    "DAMAGED_NAME",
+    "DATA_NAME",
+    "FORMAT_NAME",
+    "MAP_BYTES_MAX",
+    "READERS_MAX",
+    "DamageError",
+    "Environment",
+    "Table",
+    "Tables",
+    "Transaction",
+    "acquire",
+    "declare_damaged",
+    "is_open",
+    "release",
+]
+
+MAP_BYTES_MAX = 2**36
+"""Address space, not memory: room for 200 million rows. A limit only so that a leak ends."""
+
+FORMAT_NAME = "lmdb{}{}".format(*lmdb.version()[:2])
+"""The directory of an environment names LMDB's file format: 0.9 and 1.0 cannot read each other."""
+DATA_NAME = "data.mdb"
+DAMAGED_NAME = "damaged"
+"""Its presence beside the environment says: discard it before the next opening."""
+READERS_MAX = 1024
+"""Reader slots; each thread inside a read takes one. LMDB's own 126 is few for a large host."""
+READER_CHECK_S = 60.0
+"""How long a killed reader may pin pages; a check costs a system call for each reader."""
+ATTEMPTS_MAX = 40
+"""Doublings from 1 MiB to ``MAP_BYTES_MAX`` are 16; the rest is for processes that grow in turns."""
+CLOSE_WAIT_S = 5.0
+"""How long closing waits for a transaction that itself waits for a stopped process."""
+
+Transaction: TypeAlias = "lmdb.Transaction[bytes]"
+Table: TypeAlias = "lmdb._Database"  # noqa: SLF001 - its only name; used in annotations alone
+T = TypeVar("T")
+
+DAMAGE = (
+    lmdb.CorruptedError,
+    lmdb.PageNotFoundError,
+    lmdb.PanicError,
+    lmdb.InvalidError,
+    lmdb.VersionMismatchError,
+    lmdb.IncompatibleError,
+)
+"""Errors that only a damaged file causes; the others may pass."""
+
+_open_lock = threading.Lock()
+_open: "dict[Path, Environment]" = {}
+_all: "weakref.WeakSet[Environment]" = weakref.WeakSet()
+_parked: list[object] = []
+_hooked: list[bool] = []
+# The one global state of this package. Which files a process has open is a fact about the process,
+# and LMDB's rule is about exactly that.
+
+
+class DamageError(Exception):
+    """A row failed its check inside a transaction. Never leaves ``Environment``."""
+
+
+class Tables(NamedTuple):
+    """Handles of the tables, by what they hold.
+
+    Attributes:
+        rows: Row key → record and children.
+        waiting: Row key → children, of keys that have no row.
+        pins: Row key → pins.
+        recency: Recency key → nothing.
+        notes: Sums for each namespace, and marks.
+    """
+
+    rows: Table
+    waiting: Table
+    pins: Table
+    recency: Table
+    notes: Table
+
+
+class Environment:
+    """An open environment, shared by everything in this process that acquired its path.
+
+    Safe for concurrent use. Lock order: ``_writing``, then ``_reading``. A read takes ``_reading``
+    only and never waits for another process; a write may, if one was stopped inside a transaction.
+    The map changes its size under both.
+    """
+
+    def __init__(
+        self, path: Path, *, handle: lmdb.Environment, clock: Clock, map_bytes_max: int
+    ) -> None:
+        self.path = path
+        self.users = 1
+        self.pid = os.getpid()
+        self.unusable: str | None = None
+        self.writing = threading.Lock()
+        self.reading = threading.Lock()
+        self.handle: lmdb.Environment | None = handle
+        self._clock = clock
+        self._map_bytes_max = map_bytes_max
+        self._inode = data_inode(path)
+        self._checked_s = clock.monotonic_s()
+        handle.reader_check()
+        self.tables = Tables(*(handle.open_db(name.encode()) for name in Tables._fields))
+
+    def read(self, work: Callable[[Transaction], T]) -> T:
+        """Run ``work`` in a read-only transaction and return its answer.
+
+        Raises:
+            UnavailableError: The environment cannot be used.
+            ClosedError: It was released.
+        """
+        for _ in range(ATTEMPTS_MAX):
+            try:
+                with self.reading, self._usable().begin(buffers=False) as txn:
+                    return work(txn)
+            except lmdb.MapResizedError:
+                self._adopt_size()
+            except lmdb.ReadersFullError:
+                self._check_readers()
+            except (lmdb.Error, DamageError) as error:
+                raise self._refusal(error) from error
+        raise self._gave_up()
+
+    def write(self, work: Callable[[Transaction], T]) -> T:
+        """Run ``work`` in a write transaction, commit, and return its answer.
+
+        ``work`` runs again from the start if the map had to grow; nothing of the aborted run stays.
+
+        Raises:
+            UnavailableError: The environment cannot be used; nothing was written.
+            ClosedError: It was released.
+        """
+        with self.writing:
+            for attempt in range(ATTEMPTS_MAX):
+                try:
+                    with self._usable().begin(write=True, buffers=False) as txn:
+                        return work(txn)
+                except lmdb.MapFullError:
+                    self._make_room(grow=attempt > 0)
+                except lmdb.MapResizedError:
+                    with self.reading:
+                        self._usable().set_mapsize(0)
+                except (lmdb.Error, DamageError) as error:
+                    raise self._refusal(error) from error
+            raise self._gave_up()
+
+    def map_bytes(self) -> int:
+        """Return the size of the map, as this process sees it."""
+        with self.reading:
+            return int(self._usable().info()["map_size"])
+
+    def declare_damaged(self, found: str) -> UnavailableError:
+        """Stop using the environment and have the next opening discard it."""
+        self.unusable = (
+            f"the index at {self.path} is damaged ({found}); nothing is lost, "
+            "open the store's index again to start a new one"
+        )
+        declare_damaged(self.path)
+        return UnavailableError(self.unusable)
+
+    def _usable(self) -> lmdb.Environment:
+        """Return the handle, after the checks that are due."""
+        if self.pid != os.getpid():
+            raise UnavailableError(
+                f"the index at {self.path} was opened before a fork; open it again in this process"
+            )
+        if self.unusable is not None:
+            raise UnavailableError(self.unusable)
+        if self.handle is None:
+            raise ClosedError(f"the index at {self.path} was closed")
+        now_s = self._clock.monotonic_s()
+        if now_s - self._checked_s >= READER_CHECK_S:
+            self._checked_s = now_s
+            if data_inode(self.path) != self._inode:
+                self.unusable = (
+                    f"the index at {self.path} was discarded by another process; open it again"
+                )
+                raise UnavailableError(self.unusable)
+            self.handle.reader_check()
+        return self.handle
+
+    def _check_readers(self) -> None:
+        with self.reading:
+            self._usable().reader_check()
+
+    def _adopt_size(self) -> None:
+        """Take over the map size that another process has set."""
+        with self.writing, self.reading:
+            self._usable().set_mapsize(0)
+
+    def _make_room(self, *, grow: bool) -> None:
+        """Free what killed readers pin, else double the map; ``writing`` is held."""
+        with self.reading:
+            handle = self._usable()
+            if handle.reader_check() and not grow:
+                return
+            # Another process may have grown the map since; doubling starts from its size.
+            handle.set_mapsize(0)
+            wanted = 2 * int(handle.info()["map_size"])
+            if wanted > self._map_bytes_max:
+                raise UnavailableError(
+                    f"the index at {self.path} has reached {self._map_bytes_max} bytes; "
+                    "remove the directory to start a new one, or raise index_map_bytes_max"
+                )
+            handle.set_mapsize(wanted)
+
+    def _refusal(self, error: Exception) -> UnavailableError:
+        if isinstance(error, (DamageError, *DAMAGE)):
+            return self.declare_damaged(str(error))
+        return UnavailableError(
+            f"the index at {self.path} cannot be used: {error}; "
+            "check the space, the permissions and the health of its filesystem"
+        )
+
+    def _gave_up(self) -> UnavailableError:
+        return UnavailableError(
+            f"the index at {self.path} was still busy after {ATTEMPTS_MAX} attempts; try later"
+        )
+
+
+def acquire(path: Path, *, map_bytes: int, map_bytes_max: int, clock: Clock) -> Environment:
+    """Open ``path``, or share it if this process has it open; pair with ``release``.
+
+    Raises:
+        UnavailableError: LMDB cannot open it. Where the file itself is to blame, ``DAMAGED_NAME``
+            now says so.
+    """
+    with _open_lock:
+        shared = _open.get(path)
+        if shared is not None and shared.unusable is None:
+            shared.users += 1
+            return shared
+        if not _hooked:
+            os.register_at_fork(after_in_child=_after_fork_in_child)
+            _hooked.append(True)
+        try:
+            handle = lmdb.open(
+                os.fspath(path),
+                map_size=map_bytes,
+                max_dbs=len(Tables._fields),
+                max_readers=READERS_MAX,
+                mode=0o600,
+                max_spare_txns=0,  # a cached transaction would cross a fork
+                sync=False,  # the page cache outlives processes; other boots' files are discarded
+                metasync=False,
+                writemap=False,  # a writable map turns a full disk into SIGBUS
+            )
+            opened = Environment(path, handle=handle, clock=clock, map_bytes_max=map_bytes_max)
+        except (lmdb.Error, OSError) as error:
+            if isinstance(error, DAMAGE):
+                declare_damaged(path)
+            raise UnavailableError(
+                f"the index at {path} cannot be opened: {error}; "
+                "check the space, the permissions and the health of its filesystem"
+            ) from error
+        _open[path] = opened
+        _all.add(opened)
+        return opened
+
+
+def release(environment: Environment) -> None:
+    """Give back one ``acquire``; the last one closes the environment."""
+    with _open_lock:
+        environment.users -= 1
+        if environment.users or environment.pid != os.getpid():
+            return
+        if _open.get(environment.path) is environment:
+            del _open[environment.path]
+        waited = environment.writing.acquire(timeout=CLOSE_WAIT_S)
+        handle, environment.handle = environment.handle, None
+        if not waited:
+            # Its thread waits for a process that was stopped in a transaction; the handle must
+            # outlive the wait.
+            _parked.append(handle)
+            return
+        with environment.reading:
+            if handle is not None:
+                handle.close()
+        environment.writing.release()
+
+
+def is_open(path: Path) -> bool:
+    """Say whether this process has ``path`` open and in use."""
+    with _open_lock:
+        shared = _open.get(path)
+        return shared is not None and shared.unusable is None
+
+
+def declare_damaged(path: Path) -> None:
+    """Leave a file that has the next opening discard the environment."""
+    # Where even that fails, the next opening still has its probe.
+    with contextlib.suppress(OSError):
+        (path / DAMAGED_NAME).touch(mode=0o600)
+
+
+def data_inode(path: Path) -> int:
+    """Return the inode of the data file, 0 if it is gone; opens nothing, which would drop locks."""
+    try:
+        return (path / DATA_NAME).stat().st_ino
+    except OSError:
+        return 0
+
+
+def _after_fork_in_child() -> None:
+    """Drop what the parent had open, without touching what the parent still uses.
+
+    Closing an idle handle here is local: LMDB clears only reader slots of the closing process, and
+    POSIX locks are the parent's own. A handle that another thread was using at the fork stays as it
+    is for ever, because that thread does not exist here.
+    """
+    global _open_lock  # noqa: PLW0603 - the inherited lock may be held by a thread that is gone
+    _open_lock = threading.Lock()
+    _open.clear()
+    for environment in list(_all):
+        idle = environment.writing.acquire(blocking=False) and environment.reading.acquire(
+            blocking=False
+        )
+        handle, environment.handle = environment.handle, None
+        if handle is not None and idle:
+            handle.close()
+        else:
+            _parked.append(handle)
+        environment.writing, environment.reading = threading.Lock(), threading.Lock()
