@@ -16,7 +16,7 @@ opening, values carry checksums, and damage found later is declared with a file 
 environment: this process stops using it and the next opening discards it. What remains is a page
 that was damaged after the probe: a crash, which a restart does not repeat.
 
-With ``sync=False`` a power cut tears the file; ``slots`` never hands out a file of another boot.
+With ``sync=False`` a power cut tears the file; ``place`` never hands out a file of another boot.
 """
 
 import contextlib

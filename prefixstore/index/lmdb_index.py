@@ -2,7 +2,7 @@
 
 Owns which tables hold what (``environment.Tables``) and that every change leaves them consistent
 after any kill. What makes LMDB itself safe to use is in ``environment``; where its files may live
-and who shares them in ``slots``; which file is fit to be opened in ``probe``.
+and who shares them in ``place``; which file is fit to be opened in ``probe``.
 
 Each mutation is one transaction for each ``BATCH_ROWS`` keys, not synced to the disk: a commit costs
 no wait for a device, and a file of another boot is never opened.
@@ -30,6 +30,7 @@ from prefixstore.index.environment import MAP_BYTES_MAX, DamageError, Environmen
 from prefixstore.index.limits import check_mark, gallop
 from prefixstore.index.notes import decode_mark, encode_mark, mark_key
 from prefixstore.index.opening import close_in, open_in
+from prefixstore.index.place import Host, Slot, claim_slot, this_host
 from prefixstore.index.records import (
     Record,
     RowKey,
@@ -38,7 +39,6 @@ from prefixstore.index.records import (
     merge,
     namespace_prefix,
 )
-from prefixstore.index.slots import Host, Slot, claim_slot, this_host
 from prefixstore.index.walk import last_place, pinned_rows, rows_by_age, rows_by_key, rows_with_refs
 from prefixstore.keys import KEY_BYTES_MAX, Key, NamespaceId
 
@@ -92,7 +92,7 @@ class LmdbIndex:
             host: This host's facts if None.
 
         Raises:
-            InvalidError: ``index_dir`` must not hold an index; see ``slots.claim_slot``.
+            InvalidError: ``index_dir`` must not hold an index; see ``place.claim_slot``.
             UnavailableError: It cannot now.
         """
         clock = clock or SystemClock()

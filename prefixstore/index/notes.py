@@ -4,7 +4,7 @@
     "s" + namespace (16)       chunks (8) | file_bytes (8) | presumed (8) | XXH32 (4)
     "m" + name in UTF-8        text in UTF-8 | XXH32 (4)
 
-Each checksum covers the key and the value before it.
+Each checksum covers the key and the value before it, and is big-endian.
 """
 
 import struct
@@ -70,13 +70,9 @@ def decode_mark(key: bytes, value: bytes) -> str | None:
 
 
 def _sealed(key: bytes, body: bytes) -> bytes:
-    return body + _checksum(key, body)
+    return body + xxhash.xxh32_digest(key + body)
 
 
 def _unsealed(key: bytes, value: bytes) -> bytes | None:
     body = value[:-CHECKSUM_BYTES]
-    return body if value[-CHECKSUM_BYTES:] == _checksum(key, body) else None
-
-
-def _checksum(key: bytes, body: bytes) -> bytes:
-    return xxhash.xxh32_intdigest(key + body).to_bytes(CHECKSUM_BYTES, "little")
+    return body if value.endswith(xxhash.xxh32_digest(key + body)) else None

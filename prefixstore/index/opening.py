@@ -16,8 +16,8 @@ from prefixstore.clock import Clock
 from prefixstore.errors import UnavailableError
 from prefixstore.index import environment
 from prefixstore.index.environment import DAMAGED_NAME, DATA_NAME, FORMAT_NAME, Environment
+from prefixstore.index.place import Slot
 from prefixstore.index.probe import Verdict, probe
-from prefixstore.index.slots import Slot
 
 __all__ = ["close_in", "discard", "open_in"]
 

@@ -14,7 +14,7 @@ A row's value, little-endian:
         20      4  touched_s
         24      4  children: how many rows name this key as parent
         28      n  parent key
-      28+n      4  XXH32 over the row's key and every byte before
+      28+n      4  XXH32 over the row's key and every byte before, big-endian
 
 LMDB has no checksum of its own and serves flipped bits without a word, so each value carries one; it
 covers the key as well, so a value that wanders to another key is found. A row that fails is absent.
@@ -27,6 +27,7 @@ keys sort oldest first and, within one second, deepest first, big-endian:
 so that a chain touched at one moment is met leaf first, in the order in which it can be evicted.
 """
 
+import functools
 import struct
 from typing import NewType
 
@@ -63,16 +64,16 @@ NAMESPACE_BYTES = 16
 VERSION = 1
 PRESUMED = 1
 HEAD = struct.Struct("<BBBxIIIIII")
-CHECKSUM = struct.Struct("<I")
+CHECKSUM_BYTES = 4
 RECENCY = struct.Struct(">II")
-COUNT = struct.Struct("<II")
+COUNT = struct.Struct("<I")
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
+class Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What is known of one chunk. Zero and None say "not known yet".
 
     A Struct and not a dataclass: a lookup builds thousands, and a frozen dataclass takes five times
-    as long.
+    as long. It holds numbers and bytes only, so the garbage collector need not look.
 
     Attributes:
         file_bytes: Size of the blob's file: header, stored payload and padding.
@@ -125,6 +126,7 @@ def check_record(record: Record) -> None:
     encode_row(b"", record, children=0)
 
 
+@functools.lru_cache(maxsize=256)
 def namespace_prefix(namespace: NamespaceId) -> bytes:
     """Return the first bytes of every row key of a namespace.
 
@@ -169,15 +171,13 @@ def encode_row(row_key: bytes, record: Record, *, children: int) -> bytes:
     except struct.error as error:
         raise InvalidError(f"an index row holds integers of 0 to {COUNT_MAX}: {record}") from error
     body = head + parent
-    return body + CHECKSUM.pack(xxhash.xxh32_intdigest(row_key + body))
+    return body + xxhash.xxh32_digest(row_key + body)
 
 
 def decode_row(row_key: bytes, value: bytes) -> tuple[Record, int] | None:
     """Return the record and its children, or None if the value is not what was written."""
-    body = value[: -CHECKSUM.size]
-    if len(body) < HEAD.size or value[-CHECKSUM.size :] != CHECKSUM.pack(
-        xxhash.xxh32_intdigest(row_key + body)
-    ):
+    body = value[:-CHECKSUM_BYTES]
+    if len(body) < HEAD.size or not value.endswith(xxhash.xxh32_digest(row_key + body)):
         return None
     version, flags, parent_bytes, file_bytes, raw_bytes, end_token, used_s, touched_s, children = (
         HEAD.unpack_from(body)
@@ -200,17 +200,17 @@ def encode_count(row_key: bytes, count: int) -> bytes:
     """Return the value of a bare counter, with its checksum."""
     if not 0 <= count <= COUNT_MAX:
         raise InvalidError(f"an index counter is 0 to {COUNT_MAX}, not {count}")
-    digits = CHECKSUM.pack(count)
-    return digits + CHECKSUM.pack(xxhash.xxh32_intdigest(row_key + digits))
+    digits = COUNT.pack(count)
+    return digits + xxhash.xxh32_digest(row_key + digits)
 
 
 def decode_count(row_key: bytes, value: bytes) -> int | None:
     """Return the counter, or None if the value is not what was written."""
-    if len(value) != COUNT.size:
+    digits = value[:-CHECKSUM_BYTES]
+    if len(digits) != COUNT.size or not value.endswith(xxhash.xxh32_digest(row_key + digits)):
         return None
-    count: int
-    count, checksum = COUNT.unpack(value)
-    return count if checksum == xxhash.xxh32_intdigest(row_key + value[:4]) else None
+    count: int = COUNT.unpack(digits)[0]
+    return count
 
 
 def recency_key(row_key: bytes, *, used_s: int, end_token: int) -> bytes:

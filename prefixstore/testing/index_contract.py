@@ -15,6 +15,7 @@ here trusts the counts of the index under test. Needs pytest, which only this mo
 from collections import Counter
 from collections.abc import Iterable
 
+import msgspec
 import pytest
 
 from prefixstore.errors import ClosedError, InvalidError
@@ -159,7 +160,7 @@ class IndexContract:
     def test_out_of_range_writes_nothing(self, index: Index, field: str, value: int) -> None:
         """A record that a row cannot hold is refused with all of its batch."""
         keys = chain(2)
-        bad = (ONE, keys[1], Record(**{field: value}))
+        bad = (ONE, keys[1], msgspec.structs.replace(Record(), **{field: value}))
         with pytest.raises(InvalidError):
             index.put_many([*entries(keys[:1], used_s=1), bad])
         assert [] == list(index.scan())
