@@ -25,6 +25,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from prefixstore.index.records import Record
 from prefixstore.keys import Key, NamespaceId
+from prefixstore.policy.eviction import Candidate
 
 __all__ = [
     "MARK_NAME_CHARS_MAX",
@@ -63,6 +64,19 @@ class Row(NamedTuple):
     key: Key
     record: Record
     refs: Refs
+
+    def candidate(self) -> Candidate:
+        """Return the row as eviction looks at it."""
+        return Candidate(
+            namespace=self.namespace,
+            key=self.key,
+            parent=self.record.parent,
+            file_bytes=self.record.file_bytes,
+            used_s=self.record.used_s,
+            end_token=self.record.end_token,
+            children=self.refs.children,
+            pins=self.refs.pins,
+        )
 
 
 class Totals(NamedTuple):

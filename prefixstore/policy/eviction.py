@@ -1,0 +1,236 @@
+"""Which chunks go when room is needed: a pure decision over what is known of them.
+
+The rule, in the order of its clauses:
+
+    1. Only chunks with refcount 0 go: no stored child, no pin, no transfer in flight.
+    2. Of those, the one least recently used goes first; of one second, the deepest.
+    3. Its parent then has a child less, and may be the next.
+    4. Enough is enough: stop when the bytes asked for are free and nothing left is too old.
+
+So a prefix is eaten from its leaves, and no child outlives its parent:
+
+    root ─ a ─ b ─ c        c, b and d are gone before a may go; root stays while a stays
+            └─ d
+
+Owns no clock, no index and no file: callers pass candidates and get a frozen plan, which is printed
+(dry run) or carried out. A plan is true of the moment its candidates were read. Whoever carries it
+out keeps its order, and looks once more at the refcount of each chunk before it goes.
+"""
+
+import heapq
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple, TypeAlias
+
+from prefixstore.errors import InvalidError
+from prefixstore.keys import Key, NamespaceId
+
+__all__ = [
+    "VICTIMS_MAX",
+    "Candidate",
+    "EvictionPlan",
+    "EvictionReason",
+    "Victim",
+    "never_busy",
+    "plan_eviction",
+]
+
+VICTIMS_MAX = 2**17
+"""The longest plan, some 50 MB; more is freed by planning again after carrying it out."""
+
+Address: TypeAlias = tuple[NamespaceId, Key]
+
+
+class EvictionReason(StrEnum):
+    """Why a chunk goes."""
+
+    AGE = "age"
+    """Nobody used it since the time given."""
+    SPACE = "space"
+    """Its bytes were asked for."""
+
+
+class Candidate(NamedTuple):
+    """One stored chunk, as far as eviction is concerned.
+
+    Attributes:
+        namespace: The chunk's namespace.
+        key: The chunk's key.
+        parent: The key that has this chunk as a child, or None.
+        file_bytes: What its removal frees; 0 if unknown.
+        used_s: Whole seconds since the epoch.
+        end_token: Its depth in tokens; 0 if unknown.
+        children: Stored chunks whose parent it is.
+        pins: Pins that hold it.
+    """
+
+    namespace: NamespaceId
+    key: Key
+    parent: Key | None
+    file_bytes: int
+    used_s: int
+    end_token: int
+    children: int
+    pins: int
+
+    @property
+    def address(self) -> Address:
+        """The chunk's name within the root."""
+        return self.namespace, self.key
+
+    @property
+    def rank(self) -> tuple[int, int, NamespaceId, Key]:
+        """Its place in the order of eviction: the smallest goes first."""
+        return self.used_s, -self.end_token, self.namespace, self.key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Victim:
+    """One chunk of a plan."""
+
+    namespace: NamespaceId
+    key: Key
+    file_bytes: int
+    used_s: int
+    reason: EvictionReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvictionPlan:
+    """What to remove, in this order.
+
+    Attributes:
+        victims: Children before their parents.
+        file_bytes: What all of it frees, by the sizes that are known.
+        short_bytes: What was asked for and cannot be freed, or not by this plan.
+        truncated: ``victims_max`` ended the plan; another one would find more.
+    """
+
+    victims: tuple[Victim, ...]
+    file_bytes: int
+    short_bytes: int
+    truncated: bool
+
+
+def never_busy(_namespace: NamespaceId, _key: Key) -> bool:
+    """Say that no transfer is in flight, for callers that have none."""
+    return False
+
+
+def plan_eviction(
+    oldest_first: Iterable[Candidate],
+    *,
+    find: Callable[[NamespaceId, Key], Candidate | None],
+    busy: Callable[[NamespaceId, Key], bool] = never_busy,
+    free_bytes: int = 0,
+    used_before_s: int = 0,
+    victims_max: int = VICTIMS_MAX,
+) -> EvictionPlan:
+    """Choose chunks until ``free_bytes`` are found and nothing evictable is older than allowed.
+
+    The work is one pass over ``oldest_first``, up to the last victim, and one or two ``find``
+    for each parent of a victim.
+
+    Args:
+        oldest_first: Every chunk once, in the order of ``Candidate.rank``.
+        find: Returns the same chunk by its name, or None if it is not stored.
+        busy: Says whether a transfer is in flight from or to a chunk. Who stores a chunk holds its
+            parent busy, too, until the child is among the candidates.
+        free_bytes: How many bytes to free.
+        used_before_s: Chunks that nobody used since then go whatever their size; 0 for none.
+        victims_max: Where the plan ends at the latest.
+
+    Raises:
+        InvalidError: A limit is negative.
+    """
+    if min(free_bytes, used_before_s, victims_max) < 0:
+        raise InvalidError(
+            f"eviction limits are not negative: free_bytes {free_bytes}, "
+            f"used_before_s {used_before_s}, victims_max {victims_max}"
+        )
+    victims: list[Victim] = []
+    freed_bytes = 0
+    truncated = False
+    queue = Queue(oldest_first, find=find, busy=busy)
+    while (candidate := queue.pop()) is not None:
+        too_old = candidate.used_s < used_before_s
+        if not too_old and freed_bytes >= free_bytes:
+            # Whatever is left is as young or younger.
+            break
+        if len(victims) == victims_max:
+            truncated = True
+            break
+        victims.append(
+            Victim(
+                namespace=candidate.namespace,
+                key=candidate.key,
+                file_bytes=candidate.file_bytes,
+                used_s=candidate.used_s,
+                reason=EvictionReason.AGE if too_old else EvictionReason.SPACE,
+            )
+        )
+        freed_bytes += candidate.file_bytes
+        queue.release_parent(candidate)
+    return EvictionPlan(
+        victims=tuple(victims),
+        file_bytes=freed_bytes,
+        short_bytes=max(0, free_bytes - freed_bytes),
+        truncated=truncated,
+    )
+
+
+class Queue:
+    """Evictable chunks in the order of their rank, including those that became so on the way.
+
+    Joins two sources: the candidates, where a chunk with children is passed over, and a heap of
+    chunks that lost their last child after they had been passed. Memory grows with the victims, not
+    with the candidates.
+    """
+
+    def __init__(
+        self,
+        oldest_first: Iterable[Candidate],
+        *,
+        find: Callable[[NamespaceId, Key], Candidate | None],
+        busy: Callable[[NamespaceId, Key], bool],
+    ) -> None:
+        self._stream = iter(oldest_first)
+        self._find = find
+        self._busy = busy
+        self._head = next(self._stream, None)
+        self._freed: list[tuple[tuple[int, int, NamespaceId, Key], Candidate]] = []
+        self._children_left: dict[Address, int] = {}
+
+    def pop(self) -> Candidate | None:
+        """Take the next evictable chunk, or None when there is none left."""
+        while True:
+            if self._freed and (self._head is None or self._freed[0][0] <= self._head.rank):
+                _, candidate = heapq.heappop(self._freed)
+            elif self._head is not None:
+                candidate, self._head = self._head, next(self._stream, None)
+                # Children left are counted for chunks that wait in the heap, went through it, or
+                # will come to it: the stream must not offer them a second time.
+                if candidate.children or candidate.address in self._children_left:
+                    continue
+            else:
+                return None
+            if not candidate.pins and not self._busy(*candidate.address):
+                return candidate
+
+    def release_parent(self, candidate: Candidate) -> None:
+        """Count a chosen chunk off its parent, which becomes evictable with its last child."""
+        if candidate.parent is None:
+            return
+        address = (candidate.namespace, candidate.parent)
+        parent = None
+        if address not in self._children_left:
+            parent = self._find(*address)
+            if parent is None:
+                return
+            self._children_left[address] = parent.children
+        self._children_left[address] -= 1
+        if self._children_left[address] == 0:
+            parent = parent or self._find(*address)
+            if parent is not None:
+                heapq.heappush(self._freed, (parent.rank, parent))

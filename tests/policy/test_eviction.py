@@ -1,0 +1,237 @@
+"""The eviction policy keeps its rule on every forest of chains."""
+
+# ruff: noqa: SIM300 - expected == actual
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefixstore.errors import InvalidError
+from prefixstore.keys import Key, NamespaceId
+from prefixstore.policy.eviction import Candidate, EvictionReason, plan_eviction
+
+ONE = NamespaceId("11" * 16)
+TWO = NamespaceId("22" * 16)
+
+
+def make(name, *, parent=None, used_s=0, end_token=0, children=0, pins=0, file_bytes=10):
+    """Return a candidate with a readable key."""
+    return Candidate(
+        namespace=ONE,
+        key=key_of(name),
+        parent=None if parent is None else key_of(parent),
+        file_bytes=file_bytes,
+        used_s=used_s,
+        end_token=end_token,
+        children=children,
+        pins=pins,
+    )
+
+
+def key_of(name):
+    """Return a key that shows ``name``."""
+    return Key(str(name).encode().rjust(12, b"."))
+
+
+def forest(chunks):
+    """Order candidates as an index would, and count their children from their parents."""
+    counted = [
+        chunk._replace(
+            children=sum(
+                other.parent == chunk.key and other.namespace == chunk.namespace for other in chunks
+            )
+        )
+        for chunk in chunks
+    ]
+    return sorted(counted, key=lambda chunk: chunk.rank)
+
+
+def plan(chunks, *, busy=frozenset(), **limits):
+    """Plan over a fixed set of chunks."""
+    known = {chunk.address: chunk for chunk in chunks}
+    return plan_eviction(
+        iter(chunks),
+        find=lambda namespace, key: known.get((namespace, key)),
+        busy=lambda namespace, key: (namespace, key) in busy,
+        **limits,
+    )
+
+
+def names(found):
+    """Return the names of a plan's victims, in order."""
+    return [victim.key.decode().strip(".") for victim in found.victims]
+
+
+def by_the_book(chunks, *, busy, free_bytes, used_before_s):
+    """Evict by the rule's own words, looking at every chunk before each choice."""
+    left = {chunk.address: chunk for chunk in chunks}
+    gone, freed = [], 0
+    while True:
+        evictable = [
+            chunk
+            for chunk in left.values()
+            if not chunk.pins
+            and chunk.address not in busy
+            and not any((other.namespace, other.parent) == chunk.address for other in left.values())
+        ]
+        if not evictable:
+            return gone, freed
+        oldest = min(evictable, key=lambda chunk: chunk.rank)
+        if freed >= free_bytes and oldest.used_s >= used_before_s:
+            return gone, freed
+        gone.append(left.pop(oldest.address))
+        freed += oldest.file_bytes
+
+
+@st.composite
+def forests(draw):
+    """Chunks whose parent is an earlier chunk, a chunk that is not stored, or none."""
+    chunks = []
+    for at in range(draw(st.integers(0, 14))):
+        parent = draw(st.one_of(st.none(), st.just("lost"), st.integers(0, max(0, at - 1))))
+        chunks.append(
+            make(
+                at,
+                parent=parent if parent == "lost" or at else None,
+                used_s=draw(st.integers(0, 6)),
+                end_token=draw(st.integers(0, 3)) * 16,
+                pins=draw(st.sampled_from([0, 0, 0, 0, 1])),
+                file_bytes=draw(st.integers(0, 5)),
+            )._replace(namespace=draw(st.sampled_from([ONE, ONE, ONE, TWO])))
+        )
+    return forest(chunks)
+
+
+@given(data=st.data(), chunks=forests())
+@settings(max_examples=400, deadline=None)
+def test_every_clause_of_the_rule(data, chunks):
+    """The plan is the rule's own choice, in its order, to the last byte."""
+    addresses = [chunk.address for chunk in chunks]
+    busy = set(data.draw(st.lists(st.sampled_from(addresses), max_size=3)) if addresses else [])
+    free_bytes = data.draw(st.integers(0, 40))
+    used_before_s = data.draw(st.integers(0, 7))
+
+    found = plan(chunks, busy=busy, free_bytes=free_bytes, used_before_s=used_before_s)
+
+    gone, freed = by_the_book(chunks, busy=busy, free_bytes=free_bytes, used_before_s=used_before_s)
+    assert [chunk.address for chunk in gone] == [(v.namespace, v.key) for v in found.victims]
+    assert freed == found.file_bytes
+    assert max(0, free_bytes - freed) == found.short_bytes
+    assert not found.truncated
+
+
+@given(data=st.data(), chunks=forests())
+@settings(max_examples=200, deadline=None)
+def test_no_child_outlives_its_parent(data, chunks):
+    """After each step of a plan no stored chunk has lost a parent that was stored before."""
+    addresses = [chunk.address for chunk in chunks]
+    busy = set(data.draw(st.lists(st.sampled_from(addresses), max_size=3)) if addresses else [])
+    found = plan(chunks, busy=busy, free_bytes=data.draw(st.integers(0, 60)))
+    left = {chunk.address: chunk for chunk in chunks}
+    for victim in found.victims:
+        chunk = left.pop((victim.namespace, victim.key))
+        assert not chunk.pins
+        assert chunk.address not in busy
+        assert not any((other.namespace, other.parent) == chunk.address for other in left.values())
+
+
+@given(data=st.data(), chunks=forests())
+@settings(max_examples=200, deadline=None)
+def test_plans_add_up(data, chunks):
+    """Short plans, carried out one after the other, remove what one long plan removes."""
+    free_bytes = data.draw(st.integers(0, 60))
+    whole = plan(chunks, free_bytes=free_bytes)
+    left, victims, freed = chunks, [], 0
+    while True:
+        step = plan(left, free_bytes=max(0, free_bytes - freed), victims_max=2)
+        victims += step.victims
+        freed += step.file_bytes
+        gone = {(victim.namespace, victim.key) for victim in step.victims}
+        left = forest([chunk for chunk in left if chunk.address not in gone])
+        if not step.truncated:
+            break
+    assert list(whole.victims) == victims
+
+
+def test_leaf_first():
+    """A chain that was used at one moment is eaten from its end."""
+    chain = forest(
+        [make(at, parent=at - 1 if at else None, used_s=5, end_token=16 * at) for at in range(4)]
+    )
+    assert ["3", "2"] == names(plan(chain, free_bytes=20))
+
+
+def test_a_young_leaf_keeps_its_old_ancestors():
+    """Old chunks under a young one stay, and a younger leaf elsewhere goes first."""
+    chunks = forest(
+        [
+            make("root", used_s=1),
+            make("leaf", parent="root", used_s=9),
+            make("other", used_s=5),
+        ]
+    )
+    assert ["other", "leaf", "root"] == names(plan(chunks, free_bytes=30))
+
+
+def test_age_and_space():
+    """What is too old goes whatever its size; the rest goes only for its bytes."""
+    chunks = forest([make("old", used_s=1), make("mid", used_s=5), make("new", used_s=9)])
+    assert ["old"] == names(plan(chunks, used_before_s=5))
+    found = plan(chunks, used_before_s=5, free_bytes=15)
+    assert ["old", "mid"] == names(found)
+    assert [EvictionReason.AGE, EvictionReason.SPACE] == [v.reason for v in found.victims]
+
+
+def test_nothing_asked_nothing_chosen():
+    """Without a limit to meet the plan is empty."""
+    assert [] == names(plan(forest([make("a")])))
+
+
+def test_short_when_all_is_held():
+    """Pins and transfers are kept even when that frees too little, and the plan says so."""
+    chunks = forest([make("pinned", pins=1), make("busy"), make("free")])
+    found = plan(chunks, busy={(ONE, key_of("busy"))}, free_bytes=25)
+    assert ["free"] == names(found)
+    assert found.short_bytes == 15
+    assert not found.truncated
+
+
+def test_unknown_sizes_free_nothing():
+    """Chunks of unknown size go in their order and count for nothing."""
+    chunks = forest([make("a", used_s=1, file_bytes=0), make("b", used_s=2)])
+    found = plan(chunks, free_bytes=5)
+    assert ["a", "b"] == names(found)
+    assert found.file_bytes == 10
+
+
+def test_a_long_plan_is_cut():
+    """A plan ends at its limit and says that there is more."""
+    found = plan(forest([make(at) for at in range(5)]), free_bytes=50, victims_max=3)
+    assert len(found.victims) == 3
+    assert found.truncated
+    assert found.short_bytes == 20
+
+
+def test_contradicting_counts_are_safe():
+    """Where counts and parents disagree, nothing goes that anybody still counts."""
+    chunks = [make("leaf", parent="root"), make("root", children=2, used_s=1)]
+    assert ["leaf"] == names(plan(chunks, free_bytes=99))
+    chunks = [make("leaf", parent="root"), make("root", children=0, used_s=1)]
+    assert ["leaf"] == names(plan(chunks, free_bytes=99))
+
+
+@pytest.mark.parametrize("limit", ["free_bytes", "used_before_s", "victims_max"])
+def test_negative_limits(limit):
+    """A negative limit is a mistake of the caller."""
+    with pytest.raises(InvalidError, match=limit):
+        plan([], **{limit: -1})
+
+
+def test_plans_are_frozen():
+    """A dry run and an execution see the same plan."""
+    found = plan(forest([make("a")]), free_bytes=1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.victims = ()
+    assert found == plan(forest([make("a")]), free_bytes=1)
