@@ -1,0 +1,53 @@
+"""The checks between bytes that were read and bytes that are served: each names its reason."""
+
+import xxhash
+
+from prefixstore.blob.header import BlobHeader, file_bytes
+from prefixstore.blob.reasons import MissReason
+from prefixstore.keys import Key, NamespaceId
+
+__all__ = ["MissReason", "check_header", "check_payload"]
+
+
+def check_header(
+    header: BlobHeader,
+    *,
+    namespace: NamespaceId,
+    key: Key,
+    raw_bytes: int | None,
+    file_bytes: int | None,
+) -> MissReason | None:
+    """Hold a valid header against what was asked for.
+
+    Args:
+        header: The header found.
+        namespace: The namespace expected.
+        key: The key expected.
+        raw_bytes: The payload's length expected; None accepts any.
+        file_bytes: The length of the file it was found in; None if that is not known.
+
+    Returns:
+        The first reason not to serve this blob, or None.
+    """
+    if header.namespace != namespace:
+        return MissReason.NAMESPACE
+    if header.key != key:
+        return MissReason.KEY
+    if raw_bytes is not None and header.raw_bytes != raw_bytes:
+        return MissReason.SIZE
+    if file_bytes is not None and _file_bytes(header) != file_bytes:
+        return MissReason.TORN
+    return None
+
+
+def check_payload(header: BlobHeader, stored: memoryview) -> MissReason | None:
+    """Hold the stored payload against the header's digest."""
+    if len(stored) != header.stored_bytes:
+        return MissReason.TORN
+    if xxhash.xxh3_128_digest(stored) != header.payload_digest:
+        return MissReason.DIGEST
+    return None
+
+
+def _file_bytes(header: BlobHeader) -> int:
+    return file_bytes(header.stored_bytes)

@@ -1,0 +1,135 @@
+"""Small JSON files under a root: written whole or not at all, read with a limit.
+
+A document appears under its name by a link of a complete temporary file (or a rename, where links are
+missing), so that a reader on any host sees all of it or nothing.
+"""
+
+import contextlib
+import os
+import uuid
+from typing import TypeVar
+
+import msgspec
+
+from prefixstore.config import DOCUMENT_BYTES_MAX
+from prefixstore.errors import InvalidError
+from prefixstore.tree.osfs import Os
+from prefixstore.tree.trouble import is_absence, lacks_links, translate
+
+__all__ = ["ensure_directory", "put_document", "read_document", "replace_document"]
+
+T = TypeVar("T")
+
+
+def read_document(path: str, kind: type[T], *, os_calls: Os) -> T | None:
+    """Read and validate a document; None if there is none.
+
+    Raises:
+        InvalidError: It is too long, not JSON, or not of this kind.
+        UnavailableError: It cannot be read now.
+    """
+    try:
+        content = _read(path, os_calls=os_calls)
+    except OSError as error:
+        if is_absence(error):
+            return None
+        raise translate(error, doing="read", path=path) from error
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except msgspec.DecodeError as error:
+        raise InvalidError(
+            f"{path} is not a valid {kind.__name__} ({error}); restore it from a copy, or remove it "
+            "if you know that nothing needs it"
+        ) from error
+
+
+def put_document(path: str, document: msgspec.Struct, *, os_calls: Os) -> None:
+    """Write a document unless one is there already: then leave that one alone. Durable on return."""
+    _write(path, document, os_calls=os_calls, replace=False)
+
+
+def replace_document(path: str, document: msgspec.Struct, *, os_calls: Os) -> None:
+    """Write a document in the place of any that is there. Durable on return."""
+    _write(path, document, os_calls=os_calls, replace=True)
+
+
+def ensure_directory(path: str, *, os_calls: Os, mode: int | None = None) -> None:
+    """Make a directory and its parents, whatever other process makes them, too.
+
+    Args:
+        path: The directory.
+        os_calls: The seam.
+        mode: Permissions for each directory made, past the umask; None leaves them to the umask.
+
+    Raises:
+        OSError: As the filesystem says, but not because it exists.
+    """
+    try:
+        os_calls.make_directory(path)
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        parent = path.rpartition("/")[0]
+        if not parent or parent == path:
+            raise
+        ensure_directory(parent, os_calls=os_calls, mode=mode)
+        with contextlib.suppress(FileExistsError):
+            os_calls.make_directory(path)
+    if mode is not None:
+        os_calls.set_mode(path, mode)
+
+
+def _read(path: str, *, os_calls: Os) -> bytes:
+    fd = os_calls.open(path, os.O_RDONLY)
+    try:
+        size = os_calls.stat_open(fd).size_bytes
+        if size > DOCUMENT_BYTES_MAX:
+            raise InvalidError(
+                f"{path} has {size} bytes, at most {DOCUMENT_BYTES_MAX} are read: not ours, or damaged"
+            )
+        content = memoryview(bytearray(size))
+        done = 0
+        while done < size and (count := os_calls.read_into(fd, content[done:], done)):
+            done += count
+        return bytes(content[:done])
+    finally:
+        os_calls.close(fd)
+
+
+def _write(path: str, document: msgspec.Struct, *, os_calls: Os, replace: bool) -> None:
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    content = memoryview(msgspec.json.format(msgspec.json.encode(document), indent=2))
+    try:
+        fd = os_calls.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            done = 0
+            while done < len(content):
+                done += os_calls.write_from(fd, content[done:], done)
+            os_calls.sync_data(fd)
+        finally:
+            os_calls.close(fd)
+        _publish(temporary, path, os_calls=os_calls, replace=replace)
+    except OSError as error:
+        raise translate(error, doing="write", path=path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            os_calls.unlink(temporary)
+
+
+def _publish(temporary: str, path: str, *, os_calls: Os, replace: bool) -> None:
+    if replace:
+        os_calls.rename(temporary, path)
+        return
+    try:
+        os_calls.link(temporary, path)
+    except FileExistsError:
+        return
+    except OSError as error:
+        if not lacks_links(error):
+            raise
+        # Without links, two first writers may replace each other's document; whoever reads it back
+        # then finds the one that stayed.
+        try:
+            os_calls.stat(path)
+        except FileNotFoundError:
+            os_calls.rename(temporary, path)

@@ -1,0 +1,120 @@
+"""Where things lie under a root, and which names count. Pure: keys in, paths out.
+
+    store.json                       the root's identity
+    ns/<id>/manifest.json            a namespace's fields, in full
+    ns/<id>/<aa>/<bb>/<key>.kv       a blob; aa and bb are the first two bytes of its key
+    tmp/<writer>/<n>                 a writer's unpublished files
+    writers/<writer>.json            who the writer is
+    pins/<name>.json                 a named set of keys that eviction keeps
+    quarantine/<reason>.<id>.<key>.kv    corrupt blobs, kept for inspection
+
+Two levels of 256 directories: a flat directory fails on ext4 in the millions, while 65,536 leaves keep a
+hundred million blobs at some 1,500 names each. Every scan ignores names outside this grammar, so
+nothing that strays into a root is ever read, counted or removed.
+"""
+
+import re
+
+from prefixstore.errors import InvalidError
+from prefixstore.keys import KEY_BYTES_MAX, KEY_BYTES_MIN, Key, NamespaceId
+
+__all__ = [
+    "BLOB_SUFFIX",
+    "Layout",
+    "blob_key",
+    "is_fan",
+    "is_namespace",
+    "is_pin_name",
+    "is_writer",
+]
+
+BLOB_SUFFIX = ".kv"
+_FAN = re.compile(r"[0-9a-f]{2}")
+_ID = re.compile(r"[0-9a-f]{32}")
+_PIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_BLOB = re.compile(rf"((?:[0-9a-f]{{2}}){{{KEY_BYTES_MIN},{KEY_BYTES_MAX}}})\.kv")
+
+
+def blob_key(name: str) -> Key | None:
+    """Return the key that a blob's file name stands for, None for any other name.
+
+    >>> blob_key("00" * 8 + "00000001.kv").hex()
+    '000000000000000000000001'
+    >>> blob_key("../evil.kv")
+    """
+    found = _BLOB.fullmatch(name)
+    return Key(bytes.fromhex(found[1])) if found else None
+
+
+def is_fan(name: str) -> bool:
+    """Whether a directory's name is one byte in hex."""
+    return _FAN.fullmatch(name) is not None
+
+
+def is_namespace(name: str) -> bool:
+    """Whether a directory's name is a namespace id."""
+    return _ID.fullmatch(name) is not None
+
+
+def is_writer(name: str) -> bool:
+    """Whether a name is a writer's id."""
+    return _ID.fullmatch(name) is not None
+
+
+def is_pin_name(name: str) -> bool:
+    """Whether a pin may have this name: a safe file name of letters, digits, dot, dash, underscore."""
+    return _PIN.fullmatch(name) is not None
+
+
+class Layout:
+    """The paths of one root. Immutable."""
+
+    __slots__ = ("collector", "namespaces", "pins", "quarantine", "root", "store", "tmp", "writers")
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.store = f"{root}/store.json"
+        self.namespaces = f"{root}/ns"
+        self.tmp = f"{root}/tmp"  # noqa: S108 - within the root
+        self.writers = f"{root}/writers"
+        self.pins = f"{root}/pins"
+        self.quarantine = f"{root}/quarantine"
+        self.collector = f"{root}/collector"
+
+    def namespace(self, namespace: NamespaceId) -> str:
+        """Return a namespace's directory."""
+        return f"{self.namespaces}/{namespace}"
+
+    def manifest(self, namespace: NamespaceId) -> str:
+        """Return a namespace's manifest."""
+        return f"{self.namespaces}/{namespace}/manifest.json"
+
+    def blob(self, namespace: NamespaceId, key: Key) -> str:
+        """Return a blob's path.
+
+        >>> Layout("/kv").blob(NamespaceId("ab" * 16), Key(bytes(range(12))))[36:]
+        'ab/00/01/000102030405060708090a0b.kv'
+        """
+        digits = key.hex()
+        return f"{self.namespaces}/{namespace}/{digits[:2]}/{digits[2:4]}/{digits}{BLOB_SUFFIX}"
+
+    def temporary(self, writer: str) -> str:
+        """Return a writer's directory of unpublished files."""
+        return f"{self.tmp}/{writer}"
+
+    def writer(self, writer: str) -> str:
+        """Return the file that says who a writer is."""
+        return f"{self.writers}/{writer}.json"
+
+    def pin(self, name: str) -> str:
+        """Return a pin's file.
+
+        Raises:
+            InvalidError: The name is not one that a pin may have.
+        """
+        if not is_pin_name(name):
+            raise InvalidError(
+                f"a pin's name has 1 to 128 letters, digits, dots, dashes and underscores and "
+                f"begins with a letter or digit, this one does not: {name[:200]!r}"
+            )
+        return f"{self.pins}/{name}.json"

@@ -1,0 +1,75 @@
+"""Where corrupt blobs go: out of the way at once, kept for inspection, bounded.
+
+A blob that failed a check is renamed to ``quarantine/<reason>.<random>.<key>.kv``, so that the next
+store of its key finds the place free. The oldest go first when the quarantine is over its limit. Both
+are safe for several hosts at once: each rename and unlink is of one name, and a lost race is no error.
+"""
+
+import re
+import uuid
+
+from prefixstore.blob.verify import MissReason
+from prefixstore.keys import Key, NamespaceId
+from prefixstore.tree.osfs import Stat
+from prefixstore.tree.paths import BLOB_SUFFIX
+from prefixstore.tree.root import Root
+from prefixstore.tree.trouble import is_absence, translate
+
+__all__ = ["Quarantine"]
+
+FILES_MAX = 256
+"""A few hundred samples tell what is wrong with a server; the bytes are limited besides."""
+_NAME = re.compile(r"[a-z_]+\.[0-9a-f]{8}\.[0-9a-f]+\.kv")
+
+
+class Quarantine:
+    """The quarantine of one root. Safe for concurrent use."""
+
+    def __init__(self, root: Root, *, bytes_max: int) -> None:
+        self._root = root
+        self._os = root.os_calls
+        self._bytes_max = bytes_max
+
+    def take(self, namespace: NamespaceId, key: Key, reason: MissReason) -> bool:
+        """Move a blob here; returns whether it was still there.
+
+        Raises:
+            UnavailableError: It cannot be moved.
+        """
+        source = self._root.layout.blob(namespace, key)
+        directory = self._root.layout.quarantine
+        target = f"{directory}/{reason}.{uuid.uuid4().hex[:8]}.{key.hex()}{BLOB_SUFFIX}"
+        try:
+            self._os.rename(source, target)
+        except OSError as error:
+            if is_absence(error):
+                return False
+            raise translate(error, doing="move into quarantine", path=source) from error
+        self._trim()
+        return True
+
+    def contents(self) -> list[tuple[str, Stat]]:
+        """Return names and sizes of what is here, oldest first."""
+        path = self._root.layout.quarantine
+        try:
+            names = [e.name for e in self._os.scan(path) if e.is_file and _NAME.fullmatch(e.name)]
+            found = [(name, self._os.stat(f"{path}/{name}")) for name in names]
+        except OSError as error:
+            if is_absence(error):
+                return []
+            raise translate(error, doing="list", path=path) from error
+        return sorted(found, key=lambda item: item[1].modified_s)
+
+    def _trim(self) -> None:
+        contents = self.contents()
+        total = sum(stat.disk_bytes for _, stat in contents)
+        files = len(contents)
+        for name, stat in contents:
+            if total <= self._bytes_max and files <= FILES_MAX:
+                return
+            try:
+                self._os.unlink(f"{self._root.layout.quarantine}/{name}")
+            except OSError:
+                return  # Another host trims, too; or this mount may not: then somebody else will.
+            total -= stat.disk_bytes
+            files -= 1
