@@ -1,0 +1,144 @@
+"""What the engine's side asks of the I/O process and what it gets back: plain values.
+
+A **job** is what the engine submitted under one ticket: a find, or the load or store of some chunks.
+Each job is completed exactly once, by the I/O process or by its deadline.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from prefixstore.keys import Key
+
+__all__ = [
+    "ChunkLoad",
+    "ChunkStore",
+    "Completion",
+    "FindDone",
+    "Limits",
+    "LoadDone",
+    "StoreDone",
+    "StoreTarget",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The bounds of one client; each says what a wrong value costs.
+
+    Attributes:
+        buffer_count: Staging buffers. Too few starve the disk; each costs a chunk of memory.
+        buffer_bytes: The largest payload.
+        load_threads: Reads in flight.
+        store_threads: Writes in flight; they never delay loads but for the disk's own sake.
+        find_deadline_s: A lookup that is not answered by then is a miss: the longest that a hung
+            mount delays one request, once, until the breaker opens.
+        load_deadline_s: Loads that make no progress for so long fail, and are recomputed.
+        store_deadline_s: The same for stores, which are then lost.
+        hang_s: A single operation of this age means a hung mount: its process is replaced.
+        breaker_s: How long lookups are missed at once after a deadline passed, before one is tried.
+        stores_waiting_max: Chunks that wait for a buffer with their slots pinned; more are dropped,
+            so that a slow disk costs hits later rather than slots now.
+        processes_stuck_max: Killed processes that a hung mount has not let go of yet; with that
+            many, no other is started.
+    """
+
+    buffer_count: int
+    buffer_bytes: int
+    load_threads: int = 4
+    store_threads: int = 2
+    find_deadline_s: float = 2.0
+    load_deadline_s: float = 10.0
+    store_deadline_s: float = 30.0
+    hang_s: float = 20.0
+    breaker_s: float = 5.0
+    stores_waiting_max: int = 4096
+    processes_stuck_max: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreTarget:
+    """What the I/O process opens.
+
+    Attributes:
+        root: The root's path.
+        namespace: The namespace's fields, as JSON.
+        options: The ``StoreConfig``, as JSON.
+    """
+
+    root: str
+    namespace: bytes
+    options: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkLoad:
+    """One chunk to load.
+
+    Attributes:
+        key: The chunk.
+        raw_bytes: The payload's exact length.
+        land: Copies the verified payload to where it is wanted. Called on the pump thread, under
+            the landing lock, and never after the job was completed. Must not block.
+    """
+
+    key: Key
+    raw_bytes: int
+    land: Callable[[memoryview], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkStore:
+    """One chunk to store.
+
+    Attributes:
+        key: The chunk.
+        parent: The key one chunk nearer to the start; None for the first.
+        end_token: The number of tokens from the start of the prompt to the chunk's end.
+        element_bytes: The size of one KV element, for the shuffle codec.
+        raw_bytes: The payload's exact length.
+        fill: Copies the payload into the given memory; called like ``ChunkLoad.land``. What it
+            reads may change once it has returned.
+    """
+
+    key: Key
+    parent: Key | None
+    end_token: int
+    element_bytes: int
+    raw_bytes: int
+    fill: Callable[[memoryview], None]
+
+
+@dataclass(slots=True, kw_only=True)
+class FindDone:
+    """Which keys of a find are stored, in the order asked; all False when nobody could say."""
+
+    ticket: int
+    present: list[bool]
+    answered: bool
+
+
+@dataclass(slots=True, kw_only=True)
+class LoadDone:
+    """How a load ended: which chunks landed, and why the others did not."""
+
+    ticket: int
+    landed: list[Key] = field(default_factory=list)
+    missed: dict[Key, str] = field(default_factory=dict)
+    landed_bytes: int = 0
+    read_bytes: int = 0
+    elapsed_s: float = 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class StoreDone:
+    """How a store ended: which chunks are published now, and why the others are not."""
+
+    ticket: int
+    stored: list[Key] = field(default_factory=list)
+    existed: list[Key] = field(default_factory=list)
+    skipped: dict[Key, str] = field(default_factory=dict)
+    stored_bytes: int = 0
+    elapsed_s: float = 0.0
+
+
+Completion = FindDone | LoadDone | StoreDone
