@@ -1,0 +1,191 @@
+"""The front door: the one name that a user gives to vLLM.
+
+    --kv-transfer-config '{"kv_connector": "PrefixStoreConnector",
+                           "kv_connector_module_path": "prefixstore.vllm.connector",
+                           "kv_role": "kv_both",
+                           "kv_connector_extra_config": {"root": "/mnt/kv"}}'
+
+It is vLLM's ``OffloadingConnector`` with our options expanded, and with what only a connector sees: the
+whole ``VllmConfig`` in every process, the workers' account of their backends and layouts, and requests
+with their adapters. At serving time it does two things: it binds the tier once the namespace is known,
+and turns the tier off when the weights may have changed.
+"""
+
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
+
+from prefixstore.errors import PrefixStoreError
+from prefixstore.index.place import default_index_dir
+from prefixstore.vllm.backends import WorkerAccount, describe_worker, join_accounts
+from prefixstore.vllm.compat import check_version
+from prefixstore.vllm.fingerprint import scheduler_fields
+from prefixstore.vllm.guard import guarded
+from prefixstore.vllm.layout import join_workers
+from prefixstore.vllm.options import MachineMemory, expand
+from prefixstore.vllm.spec import PrefixStoreSpec
+from prefixstore.vllm.tier import PrefixStoreTier
+from prefixstore.vllm.weights import WeightDigests
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+__all__ = ["PrefixStoreConnector"]
+
+logger = logging.getLogger("prefixstore")
+
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - where vLLM puts the CPU tier
+
+
+class PrefixStoreConnector(OffloadingConnector):
+    """vLLM's offloading connector with a prefixstore root below its CPU tier."""
+
+    def __init__(
+        self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig"
+    ) -> None:
+        check_version()
+        _expand_options(vllm_config)
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._engine_config = vllm_config
+        self._cache_config = kv_cache_config
+        self._account: WorkerAccount | None = None
+        self._tier = _find_tier(self) if role is KVConnectorRole.SCHEDULER else None
+
+    def count_failure(self, callback: str) -> None:
+        """Count a callback that failed and was answered with its safe value."""
+        if self._tier is not None:
+            self._tier.count_failure(callback)
+
+    # In each worker's process.
+
+    @override
+    def register_kv_caches(self, kv_caches: "dict[str, torch.Tensor]") -> None:
+        super().register_kv_caches(kv_caches)
+        assert self.connector_worker is not None, "vLLM registers caches with workers"
+        spec = self.connector_worker.spec
+        assert isinstance(spec, PrefixStoreSpec), "the options were expanded with our spec"
+        assert spec.slot_layout is not None, "the worker was just built"
+        self._account = describe_worker(
+            self._engine_config,
+            kv_caches,
+            rank=spec.config.parallel.rank,
+            layout=spec.slot_layout,
+        )
+
+    @override
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        return self._account
+
+    # In the scheduler's process.
+
+    @override
+    @guarded(lambda: None)
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        accounts = sorted(
+            (account for account in metadata.values() if isinstance(account, WorkerAccount)),
+            key=lambda account: account.rank,
+        )
+        world = self._engine_config.parallel_config.world_size
+        if len(accounts) != world:
+            self._turn_off(f"{len(accounts)} of {world} workers said what their KV looks like")
+            return
+        # Identifying weights reads them once if they are new here: not on the engine's way up.
+        threading.Thread(
+            target=self._bind, args=(accounts,), name="prefixstore-identify", daemon=True
+        ).start()
+
+    def _bind(self, accounts: list[WorkerAccount]) -> None:
+        try:
+            cache_dir = Path(default_index_dir(os.environ))
+            fields = {
+                **scheduler_fields(
+                    self._engine_config,
+                    self._cache_config,
+                    digests=WeightDigests(cache_dir / "weights.json"),
+                ),
+                **join_accounts(accounts),
+            }
+            layouts = [account.layout for account in accounts]
+            assert self._tier is not None, "called in the scheduler's process"
+            self._tier.bind(
+                fields,
+                spans=join_workers(layouts[:1] if self._tier.replicated_layout else layouts),
+                element_bytes=accounts[0].element_bytes,
+            )
+        except PrefixStoreError as error:
+            self._turn_off(str(error))
+        except Exception:
+            logger.exception("cannot work out the namespace")
+            self._turn_off("the namespace could not be worked out; the log has the traceback")
+
+    def _turn_off(self, reason: str) -> None:
+        if self._tier is not None:
+            self._tier.turn_off(reason)
+
+    @override
+    def on_new_request(self, request: "Request") -> None:
+        super().on_new_request(request)
+        # A block hash knows an adapter by its name and path, not by its weights.
+        if request.lora_request is not None and self._tier is not None:
+            self._tier.bypass(request.request_id)
+
+    @override
+    def reset_cache(self) -> bool | None:
+        result = super().reset_cache()
+        # vLLM calls this when weights were updated or the engine slept, and keeps lower tiers on
+        # purpose. What the model computes from now on may belong to another namespace.
+        self._turn_off(
+            "the engine's cache was reset, as after a weight update: what the store holds may be "
+            "of other weights. Restart the engine to use the store again"
+        )
+        return result
+
+    # In the API server's process.
+
+    @classmethod
+    @override
+    def build_prom_metrics(
+        cls, vllm_config: "VllmConfig", *args: Any, **kwargs: Any
+    ) -> "KVConnectorPromMetrics":
+        _expand_options(vllm_config)
+        return super().build_prom_metrics(vllm_config, *args, **kwargs)
+
+
+def _expand_options(config: "VllmConfig") -> None:
+    """Replace our options by vLLM's in an engine's config; every process of it does the same."""
+    transfer = config.kv_transfer_config
+    assert transfer is not None, "vLLM builds a connector from it"
+    transfer.kv_connector_extra_config = expand(
+        transfer.kv_connector_extra_config, machine=_machine_memory()
+    )
+
+
+def _machine_memory() -> MachineMemory:
+    shared = os.statvfs(SHARED_MEMORY)
+    return MachineMemory(
+        total_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        shared_bytes=shared.f_frsize * shared.f_blocks,
+    )
+
+
+def _find_tier(connector: OffloadingConnector) -> PrefixStoreTier:
+    manager = connector.scheduler.manager
+    assert isinstance(manager, TieringOffloadingManager), "our spec builds no other"
+    for tier in manager.secondary_tiers:
+        if isinstance(tier, PrefixStoreTier):
+            return tier
+    raise AssertionError("the options were expanded with our tier in them")

@@ -1,0 +1,157 @@
+"""What users may say in ``kv_connector_extra_config``, and what vLLM is told in turn.
+
+One option is enough: ``root``. Everything that vLLM has an option for keeps vLLM's name and meaning and
+passes through. vLLM itself ignores unknown names, so a misspelt option would silently do nothing;
+here it is refused.
+
+``expand`` is pure: vLLM reads the expanded options in the scheduler, in each worker and in the API
+server's process (for the metrics), and all of them must see the same.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+import msgspec
+from msgspec import Meta
+
+from prefixstore.config import StoreConfig
+from prefixstore.errors import InvalidError
+from prefixstore.ioproc.jobs import Limits
+
+__all__ = ["MachineMemory", "TierOptions", "expand"]
+
+VLLM_OPTIONS = frozenset(
+    {
+        "backpressure",
+        "block_size",
+        "blocks_per_chunk",
+        "cache_policy_module_path",
+        "cpu_bytes_to_use",
+        "eviction_policy",
+        "offload_prompt_only",
+        "self_describing_kv_events",
+    }
+)
+"""vLLM's own options of its tiered offloading, which pass through (vllm/v1/kv_offload)."""
+
+CPU_BYTES_LARGEST = 4 * 2**30
+"""The CPU tier's size when the user names none: it stages chunks between the device and the root, and
+saves reads of what was used just now. More is better where there is more."""
+
+POSITIVE_SECONDS = Annotated[float, Meta(gt=0)]
+
+
+class TierOptions(StoreConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The options of one tier: those of the store, and how it is driven.
+
+    Attributes:
+        root: The root's path; made when it is not there yet.
+        namespace: Only under vLLM's bare tiering, which hides the model from us: a name for
+            everything that decides the bytes. The front door works it out by itself.
+        buffers_bytes: Memory for staging buffers, shared with the I/O process.
+        load_threads: Reads in flight.
+        store_threads: Writes in flight.
+        find_deadline_s: The longest that a lookup may delay a request.
+        load_deadline_s: Loads that make no progress for so long are recomputed.
+        store_deadline_s: Stores that make no progress for so long are dropped.
+        drain_s: How long a reset or an orderly shutdown waits for stores.
+    """
+
+    root: str
+    namespace: str | None = None
+    buffers_bytes: Annotated[int, Meta(ge=2**20)] = 256 * 2**20
+    load_threads: Annotated[int, Meta(ge=1, le=64)] = 4
+    store_threads: Annotated[int, Meta(ge=1, le=64)] = 2
+    find_deadline_s: POSITIVE_SECONDS = 2.0
+    load_deadline_s: POSITIVE_SECONDS = 10.0
+    store_deadline_s: POSITIVE_SECONDS = 30.0
+    drain_s: POSITIVE_SECONDS = 20.0
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, object]) -> Self:
+        """Build the options from parsed JSON; unknown names and wrong types are refused by name.
+
+        Raises:
+            InvalidError: An option is unknown, missing, of the wrong type or out of range.
+        """
+        if not options.get("root"):
+            raise InvalidError(
+                "prefixstore needs a root: set kv_connector_extra_config to "
+                '{"root": "/path/on/the/shared/filesystem"}'
+            )
+        try:
+            return msgspec.convert(dict(options), cls)
+        except msgspec.ValidationError as error:
+            known = ", ".join(sorted({*cls.__struct_fields__, *VLLM_OPTIONS}))
+            raise InvalidError(
+                f"kv_connector_extra_config: {error}. Known options: {known}"
+            ) from error
+
+    def store_config(self) -> StoreConfig:
+        """Return the store's part."""
+        return StoreConfig(**{name: getattr(self, name) for name in StoreConfig.__struct_fields__})
+
+    def limits(self, payload_bytes: int) -> Limits:
+        """Return the bounds of the I/O client for payloads of up to ``payload_bytes``."""
+        wanted = self.buffers_bytes // payload_bytes
+        fewest = self.load_threads + self.store_threads
+        return Limits(
+            buffer_count=min(max(wanted, fewest), 64),
+            buffer_bytes=payload_bytes,
+            load_threads=self.load_threads,
+            store_threads=self.store_threads,
+            find_deadline_s=self.find_deadline_s,
+            load_deadline_s=self.load_deadline_s,
+            store_deadline_s=self.store_deadline_s,
+            hang_s=2 * max(self.load_deadline_s, self.find_deadline_s),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineMemory:
+    """The memory that a CPU tier may be cut from.
+
+    Totals, not what is free: every process of an engine must see the same.
+    """
+
+    total_bytes: int
+    shared_bytes: int
+
+    def default_cpu_bytes(self) -> int:
+        """Size the CPU tier when the user does not."""
+        return min(CPU_BYTES_LARGEST, self.total_bytes // 8, self.shared_bytes // 2)
+
+
+def expand(
+    options: Mapping[str, Any], *, machine: MachineMemory, mode: Literal["tier"] = "tier"
+) -> dict[str, Any]:
+    """Turn our options into vLLM's ``kv_connector_extra_config``.
+
+    >>> memory = MachineMemory(total_bytes=2**36, shared_bytes=2**35)
+    >>> expand({"root": "/kv"}, machine=memory)["spec_name"]
+    'PrefixStoreSpec'
+
+    Raises:
+        InvalidError: An option is unknown, missing, of the wrong type or out of range.
+    """
+    assert mode == "tier", "the only mode so far"
+    if options.get("spec_name") == "PrefixStoreSpec":
+        return dict(options)  # Expanded before, in this very process.
+    passed = {name: value for name, value in options.items() if name in VLLM_OPTIONS}
+    ours = {name: value for name, value in options.items() if name not in VLLM_OPTIONS}
+    if "namespace" in ours:
+        raise InvalidError(
+            "kv_connector_extra_config: 'namespace' is for vLLM's bare tiering only; "
+            "PrefixStoreConnector works it out from the model"
+        )
+    TierOptions.from_mapping(ours)
+    passed.setdefault("cpu_bytes_to_use", machine.default_cpu_bytes())
+    return {
+        **passed,
+        "spec_name": "PrefixStoreSpec",
+        "spec_module_path": "prefixstore.vllm.spec",
+        "secondary_tiers": [
+            {"type": "PrefixStoreTier", "module_path": "prefixstore.vllm.tier", **ours}
+        ],
+    }

@@ -1,0 +1,484 @@
+"""Our tier below vLLM's CPU tier, in the scheduler process.
+
+vLLM calls every method here on its scheduler thread and expects none to block
+(vllm/v1/kv_offload/tiering/base.py). So this file only keeps books: what was asked
+(``prefixstore.vllm.lookups``), what is in flight (``prefixstore.ioproc.client``), and which slots of
+the CPU tier a payload is gathered from or scattered to.
+
+A tier is **bound** once it knows its namespace and its slot layout: at once when both are given in its
+options, else when the workers have told the front door. Until then everything is a miss.
+"""
+
+import ctypes
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import msgspec
+from typing_extensions import override
+from vllm.v1.kv_offload.base import (
+    LookupResult,
+    Medium,
+    OffloadingMetricMetadata,
+    OffloadKey,
+    ReqContext,
+    RequestOffloadingContext,
+    ScheduleEndContext,
+)
+from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+
+from prefixstore.clock import Clock, SystemClock
+from prefixstore.ioproc.client import IoClient
+from prefixstore.ioproc.jobs import (
+    ChunkLoad,
+    ChunkStore,
+    Completion,
+    FindDone,
+    LoadDone,
+    StoreDone,
+    StoreTarget,
+)
+from prefixstore.keys import Fields, Key, kv_group
+from prefixstore.vllm import metrics
+from prefixstore.vllm.compat import request_keys
+from prefixstore.vllm.guard import guarded
+from prefixstore.vllm.layout import Span
+from prefixstore.vllm.lookups import Answer, Budget, Question, RequestLookup
+from prefixstore.vllm.options import TierOptions
+
+if TYPE_CHECKING:
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
+        OffloadingConnectorStats,
+    )
+    from vllm.v1.kv_offload.base import OffloadingSpec
+    from vllm.v1.kv_offload.tiering.backpressure import BackpressureDetector
+
+__all__ = ["PrefixStoreTier"]
+
+logger = logging.getLogger("prefixstore")
+
+ADMISSION_PATIENCE_S = 20.0
+"""How long a match waits for room in the CPU tier before it is recomputed instead.
+
+Room comes free when another request is scheduled: seconds on a busy engine."""
+
+ANSWERS = {
+    Answer.MISS: LookupResult.MISS,
+    Answer.HIT: LookupResult.HIT,
+    Answer.RETRY: LookupResult.RETRY,
+}
+
+
+@dataclass(slots=True)
+class _Request:
+    """What the tier remembers of one request, from its arrival to its end."""
+
+    context: ReqContext
+    lookup: RequestLookup = field(default_factory=RequestLookup)
+    bypassed: bool = False
+    waits_since_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Binding:
+    """What a bound tier works with."""
+
+    client: IoClient
+    spans: Mapping[int, Sequence[Span]]
+    payload_bytes: Mapping[int, int]
+    element_bytes: int
+
+
+class PrefixStoreTier(SecondaryTierManager):
+    """A ``SecondaryTierManager`` whose chunks live in a prefixstore root.
+
+    Every method is for vLLM's scheduler thread, but ``bind`` and ``turn_off``.
+
+    Attributes:
+        replicated_layout: Whether all workers share one copy of a chunk in the slot.
+    """
+
+    medium: ClassVar[Medium | None] = Medium.STORAGE
+
+    def __init__(
+        self,
+        offloading_spec: "OffloadingSpec",
+        primary_kv_view: memoryview,
+        tier_type: str,
+        backpressure_detector: "BackpressureDetector | None" = None,
+        *,
+        clock: Clock | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        self.replicated_layout = offloading_spec.replicated_layout
+        self._options = TierOptions.from_mapping(options)
+        self._clock = clock or SystemClock()
+        self._metrics = metrics.TierMetrics()
+        self._metrics.set_state("opening")
+        slots, self._slot_bytes = primary_kv_view.shape or (0, 0)
+        # The address stays valid for as long as the view is held, which the base class does.
+        self._slots_address = (
+            ctypes.addressof(ctypes.c_char.from_buffer(primary_kv_view)) if slots else 0
+        )
+        self._budget = Budget(slots)
+        self._requests: dict[str, _Request] = {}
+        self._questions: dict[int, tuple[str, Question]] = {}
+        self._next_ticket = 0
+        self._results: list[JobResult] = []
+        self._binding: _Binding | None = None
+        self._off_reason: str | None = None
+        self._saved_bytes_reported = 0
+        if self._options.namespace is not None:
+            self._bind_bare(offloading_spec)
+
+    # Called by the front door.
+
+    def bind(
+        self, fields: Fields, *, spans: Mapping[int, Sequence[Span]], element_bytes: int
+    ) -> None:
+        """Open the store: from now on lookups may hit.
+
+        Args:
+            fields: The namespace, in full.
+            spans: For each KV group, the bytes of a slot that its chunks own.
+            element_bytes: The size of one KV element.
+        """
+        assert self._binding is None, "a tier is bound once"
+        payload_bytes = {
+            group: sum(span.length for span in owned) for group, owned in spans.items()
+        }
+        client = IoClient(
+            StoreTarget(
+                root=self._options.root,
+                namespace=msgspec.json.encode(dict(fields)),
+                options=msgspec.json.encode(self._options.store_config()),
+            ),
+            self._options.limits(max(payload_bytes.values())),
+            clock=self._clock,
+        )
+        self._binding = _Binding(
+            client=client, spans=spans, payload_bytes=payload_bytes, element_bytes=element_bytes
+        )
+
+    def turn_off(self, reason: str) -> None:
+        """Neither load nor store any more; what is in flight still ends."""
+        if self._off_reason is None:
+            logger.warning("store is off: %s", reason)
+        self._off_reason = reason
+        self._metrics.set_state("off")
+
+    def bypass(self, request_id: str) -> None:
+        """Neither load nor store for one request: its KV depends on more than the namespace."""
+        if (request := self._requests.get(request_id)) is not None:
+            request.bypassed = True
+
+    def count_failure(self, callback: str) -> None:
+        """Count a callback that failed and was answered with its safe value."""
+        self._metrics.count(metrics.FAILED_CALLBACKS, callback)
+
+    # Called by vLLM.
+
+    @override
+    @guarded(RequestOffloadingContext)
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        self._requests[req_context.req_id] = _Request(req_context)
+        return RequestOffloadingContext()
+
+    @override
+    @guarded(lambda: LookupResult.MISS)
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        binding = self._serving()
+        request = self._requests.get(req_context.req_id)
+        if binding is None or request is None or request.bypassed:
+            return LookupResult.MISS
+        end_token = req_context.get_offload_key_position(key)
+        if end_token is None or kv_group(Key(key)) not in binding.spans:
+            return LookupResult.MISS
+        if request.lookup.undecided:
+            self._decide(req_context.req_id, request)
+        return ANSWERS[request.lookup.ask(Key(key), end_token)]
+
+    @override
+    @guarded(lambda: None)
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        for request_id in context.new_req_ids:
+            self._budget.release(request_id)
+        if (binding := self._binding) is None:
+            return
+        for request_id, request in self._requests.items():
+            for question in request.lookup.take_questions():
+                self._next_ticket += 1
+                if binding.client.ready:
+                    self._questions[self._next_ticket] = (request_id, question)
+                    binding.client.find(self._next_ticket, question.keys, chained=question.chained)
+                else:
+                    request.lookup.take_verdict(question, [False] * len(question.keys))
+
+    @override
+    def submit_load(self, job_metadata: TransferJob) -> None:
+        if not self._try_load(job_metadata):
+            self._results.append(JobResult(job_id=job_metadata.job_id, success=False))
+
+    @override
+    def submit_store(self, job_metadata: TransferJob) -> None:
+        if (refused := self._try_store(job_metadata)) is not None:
+            self._results.append(
+                JobResult(
+                    job_id=job_metadata.job_id,
+                    success=refused == "bypassed",  # On purpose: nothing failed.
+                    transfer_bytes=0,
+                )
+            )
+
+    @override
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        self._poll()
+        results, self._results = self._results, []
+        return results
+
+    @override
+    @guarded(lambda: False)
+    def has_pending_work(self) -> bool:
+        return bool(self._results) or (self._binding is not None and self._binding.client.busy)
+
+    @override
+    @guarded(lambda: None)
+    def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        if (binding := self._serving()) is not None:
+            binding.client.touch([Key(key) for key in keys])
+
+    @override
+    @guarded(lambda: None)
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        self._budget.release(req_context.req_id)
+        request = self._requests.pop(req_context.req_id, None)
+        binding = self._serving()
+        if binding is None or request is None or request.bypassed:
+            return
+        # vLLM reports no use that its GPU or CPU cache served, so the hottest prefix would look
+        # coldest. The whole chain is as recent as this request.
+        binding.client.touch([key for key, _ in request_keys(req_context)])
+
+    @override
+    @guarded(lambda: None)
+    def drain_jobs(self) -> None:
+        if self._binding is not None:
+            for completion in self._binding.client.drain(self._options.drain_s):
+                self._take(completion)
+
+    @override
+    @guarded(lambda: None)
+    def shutdown(self) -> None:
+        binding, self._binding = self._binding, None
+        if binding is not None:
+            binding.client.close(self._options.drain_s)
+
+    @classmethod
+    @override
+    def build_metric_definitions(
+        cls, extra_config: dict[str, Any]
+    ) -> dict[str, OffloadingMetricMetadata]:
+        return metrics.metric_definitions()
+
+    @override
+    @guarded(lambda: None)
+    def get_stats(self) -> "OffloadingConnectorStats | None":
+        if (binding := self._binding) is not None:
+            if self._off_reason is None:
+                self._metrics.set_state(binding.client.state)
+            saved = binding.client.counters().get("compression_saved_bytes", 0)
+            self._metrics.count(
+                metrics.COMPRESSION_SAVED_BYTES, by=max(0, saved - self._saved_bytes_reported)
+            )
+            self._saved_bytes_reported = saved
+        return self._metrics.take()
+
+    # Inside.
+
+    def _bind_bare(self, spec: "OffloadingSpec") -> None:
+        """Bind without the front door: the whole slot is the payload, the user names the namespace."""
+        config = spec.config
+        fields = {
+            "explicit": self._options.namespace,
+            "kv_dtype": config.model.dtype,
+            "tokens_per_hash": config.cache.tokens_per_hash,
+            "blocks_per_chunk": config.cache.blocks_per_chunk,
+            "bytes_per_block": config.worker_kv_bytes_per_block,
+            "world_size": config.parallel.world_size,
+            "tp_size": config.parallel.tp_size,
+            "pp_size": config.parallel.pp_size,
+            "pcp_size": config.parallel.pcp_size,
+            "dcp_size": config.parallel.dcp_size,
+            "kv_cache_layout": config.kv_cache_layout,
+            "canonical_layout": config.canonical_layout,
+            "groups": [
+                {
+                    "id": group.group_id,
+                    "tokens_per_block": group.tokens_per_block,
+                    "layers": list(group.layer_names),
+                }
+                for group in config.groups
+            ],
+        }
+        owned = [Span(0, self._slot_bytes)]
+        self.bind(fields, spans={group.group_id: owned for group in config.groups}, element_bytes=2)
+
+    def _serving(self) -> _Binding | None:
+        return self._binding if self._off_reason is None else None
+
+    def _decide(self, request_id: str, request: _Request) -> None:
+        """Admit the match of a request whose verdicts are all in, if there is room for it."""
+        wanted = request.lookup.wanted()
+        fitting = wanted[: self._budget.slots]
+        if not fitting:
+            request.lookup.decide(())
+            return
+        now_s = self._clock.monotonic_s()
+        if request.waits_since_s is None:
+            request.waits_since_s = now_s
+        if self._budget.reserve(request_id, len(fitting)):
+            request.lookup.decide(fitting)
+            self._metrics.count(metrics.DECLINED_HITS, "no_room", by=len(wanted) - len(fitting))
+        elif now_s - request.waits_since_s > ADMISSION_PATIENCE_S:
+            request.lookup.decide(())
+            self._metrics.count(metrics.DECLINED_HITS, "no_room", by=len(wanted))
+        else:
+            return
+        request.waits_since_s = None
+
+    @guarded(lambda: False)
+    def _try_load(self, job: TransferJob) -> bool:
+        binding = self._serving()
+        if binding is None:
+            return False
+        binding.client.load(
+            job.job_id,
+            [
+                self._chunk_load(binding, Key(key), int(slot))
+                for key, slot in zip(job.keys, job.chunk_ids, strict=True)
+            ],
+        )
+        return True
+
+    @guarded(lambda: _optional("error"))
+    def _try_store(self, job: TransferJob) -> str | None:
+        """Submit a store, or return why not."""
+        refused = self._submit_store(job)
+        if refused is not None:
+            self._metrics.count(metrics.STORES_SKIPPED, refused, by=len(job.keys))
+        return refused
+
+    def _submit_store(self, job: TransferJob) -> str | None:
+        binding = self._serving()
+        if binding is None:
+            return "off"
+        request = self._requests.get(job.req_context.req_id)
+        if request is None or request.bypassed:
+            return "bypassed"
+        ends: dict[Key, int] = {}
+        parents: dict[Key, Key | None] = {}
+        last: dict[int, Key] = {}
+        for key, end in sorted(request_keys(job.req_context), key=lambda item: item[1]):
+            group = kv_group(key)
+            ends[key] = end
+            parents[key] = last.get(group)
+            last[group] = key
+        chunks = [
+            self._chunk_store(
+                binding,
+                Key(key),
+                int(slot),
+                parent=parents.get(Key(key)),
+                end=ends.get(Key(key), 0),
+            )
+            for key, slot in zip(job.keys, job.chunk_ids, strict=True)
+        ]
+        # vLLM hands over a set: parents before children, so that a crash leaves no gap.
+        chunks.sort(key=lambda chunk: chunk.end_token)
+        return None if binding.client.store(job.job_id, chunks) else "busy"
+
+    def _chunk_load(self, binding: _Binding, key: Key, slot: int) -> ChunkLoad:
+        group = kv_group(key)
+        address, spans = self._slot_address(slot), binding.spans[group]
+        return ChunkLoad(
+            key=key,
+            raw_bytes=binding.payload_bytes[group],
+            land=lambda payload: _scatter(payload, address, spans),
+        )
+
+    def _chunk_store(
+        self, binding: _Binding, key: Key, slot: int, *, parent: Key | None, end: int
+    ) -> ChunkStore:
+        group = kv_group(key)
+        address, spans = self._slot_address(slot), binding.spans[group]
+        return ChunkStore(
+            key=key,
+            parent=parent,
+            end_token=end,
+            element_bytes=binding.element_bytes,
+            raw_bytes=binding.payload_bytes[group],
+            fill=lambda payload: _gather(payload, address, spans),
+        )
+
+    def _slot_address(self, slot: int) -> int:
+        assert 0 <= slot < self._budget.slots, f"slot {slot} of {self._budget.slots}"
+        return self._slots_address + slot * self._slot_bytes
+
+    @guarded(lambda: None)
+    def _poll(self) -> None:
+        if self._binding is not None:
+            for completion in self._binding.client.poll():
+                self._take(completion)
+
+    def _take(self, completion: Completion) -> None:
+        match completion:
+            case FindDone():
+                request_id, question = self._questions.pop(completion.ticket)
+                if (request := self._requests.get(request_id)) is not None:
+                    request.lookup.take_verdict(question, completion.present)
+            case LoadDone():
+                for reason in completion.missed.values():
+                    self._metrics.count(metrics.LOAD_MISSES, reason)
+                self._results.append(
+                    JobResult(
+                        job_id=completion.ticket,
+                        success=not completion.missed,
+                        successful_keys=[OffloadKey(key) for key in completion.landed],
+                        transfer_time=completion.elapsed_s,
+                        transfer_bytes=completion.landed_bytes,
+                    )
+                )
+            case StoreDone():
+                for reason in completion.skipped.values():
+                    self._metrics.count(metrics.STORES_SKIPPED, reason)
+                self._results.append(
+                    JobResult(
+                        job_id=completion.ticket,
+                        success=not completion.skipped,
+                        transfer_time=completion.elapsed_s,
+                        transfer_bytes=completion.stored_bytes,
+                    )
+                )
+
+
+def _optional(reason: str | None) -> str | None:
+    """The same, typed as a reason that may be missing."""
+    return reason
+
+
+def _gather(payload: memoryview, address: int, spans: Sequence[Span]) -> None:
+    """Copy a slot's owned spans into a payload; without the GIL."""
+    target = ctypes.addressof(ctypes.c_char.from_buffer(payload))
+    for span in spans:
+        ctypes.memmove(target, address + span.offset, span.length)
+        target += span.length
+
+
+def _scatter(payload: memoryview, address: int, spans: Sequence[Span]) -> None:
+    """Copy a payload into a slot's owned spans; without the GIL."""
+    source = ctypes.addressof(ctypes.c_char.from_buffer(payload))
+    for span in spans:
+        ctypes.memmove(address + span.offset, source, span.length)
+        source += span.length
