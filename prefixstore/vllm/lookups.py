@@ -184,10 +184,11 @@ class Budget:
 
     def reserve(self, request: str, slots: int) -> bool:
         """Promise ``slots`` to a request, unless others' promises leave too few."""
-        taken = sum(self._promised.values())
-        if taken and taken + slots > self._slots:
+        own = self._promised.get(request, 0)
+        others = sum(self._promised.values()) - own
+        if others and others + own + slots > self._slots:
             return False
-        self._promised[request] = self._promised.get(request, 0) + slots
+        self._promised[request] = own + slots
         return True
 
     def release(self, request: str) -> None:

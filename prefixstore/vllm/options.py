@@ -10,7 +10,7 @@ server's process (for the metrics), and all of them must see the same.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import msgspec
 from msgspec import Meta
@@ -19,7 +19,7 @@ from prefixstore.config import StoreConfig
 from prefixstore.errors import InvalidError
 from prefixstore.ioproc.jobs import Limits
 
-__all__ = ["MachineMemory", "TierOptions", "expand"]
+__all__ = ["MachineMemory", "TierOptions", "check_options", "expand"]
 
 VLLM_OPTIONS = frozenset(
     {
@@ -123,9 +123,22 @@ class MachineMemory:
         return min(CPU_BYTES_LARGEST, self.total_bytes // 8, self.shared_bytes // 2)
 
 
-def expand(
-    options: Mapping[str, Any], *, machine: MachineMemory, mode: Literal["tier"] = "tier"
-) -> dict[str, Any]:
+def check_options(options: Mapping[str, Any]) -> TierOptions:
+    """Check the options of the front door and return our part of them.
+
+    Raises:
+        InvalidError: An option is unknown, missing, of the wrong type or out of range.
+    """
+    ours = {name: value for name, value in options.items() if name not in VLLM_OPTIONS}
+    if "namespace" in ours:
+        raise InvalidError(
+            "kv_connector_extra_config: 'namespace' is for vLLM's bare tiering only; "
+            "PrefixStoreConnector works it out from the model"
+        )
+    return TierOptions.from_mapping(ours)
+
+
+def expand(options: Mapping[str, Any], *, machine: MachineMemory) -> dict[str, Any]:
     """Turn our options into vLLM's ``kv_connector_extra_config``.
 
     >>> memory = MachineMemory(total_bytes=2**36, shared_bytes=2**35)
@@ -135,17 +148,11 @@ def expand(
     Raises:
         InvalidError: An option is unknown, missing, of the wrong type or out of range.
     """
-    assert mode == "tier", "the only mode so far"
     if options.get("spec_name") == "PrefixStoreSpec":
         return dict(options)  # Expanded before, in this very process.
+    check_options(options)
     passed = {name: value for name, value in options.items() if name in VLLM_OPTIONS}
     ours = {name: value for name, value in options.items() if name not in VLLM_OPTIONS}
-    if "namespace" in ours:
-        raise InvalidError(
-            "kv_connector_extra_config: 'namespace' is for vLLM's bare tiering only; "
-            "PrefixStoreConnector works it out from the model"
-        )
-    TierOptions.from_mapping(ours)
     passed.setdefault("cpu_bytes_to_use", machine.default_cpu_bytes())
     return {
         **passed,
