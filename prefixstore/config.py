@@ -84,7 +84,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """
 
     durability: Durability = Durability.NONE
-    codec: Codec | Literal["auto"] = Codec.RAW
+    codec: Literal["auto", "raw", "zstd", "shuffle+zstd"] = "raw"
     direct_io: Literal["auto", "on", "off"] = "auto"
     read_only: bool = False
     max_bytes: Positive | None = None

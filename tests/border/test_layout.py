@@ -1,5 +1,7 @@
 """Which bytes of a slot belong to a chunk."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +20,7 @@ def test_merging_covers_the_same_bytes_in_order_and_apart(given_spans):
     merged = merge_spans(given_spans)
 
     assert covered(given_spans) == covered(merged)
-    assert all(a.offset + a.length < b.offset for a, b in zip(merged, merged[1:], strict=False))
+    assert all(a.offset + a.length < b.offset for a, b in itertools.pairwise(merged))
 
 
 def test_the_pages_of_workers_follow_each_other_in_rank_order():
