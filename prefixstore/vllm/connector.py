@@ -14,7 +14,6 @@ and turns the tier off when the weights may have changed.
 import logging
 import os
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
@@ -55,6 +54,7 @@ class PrefixStoreConnector(OffloadingConnector):
     def __init__(
         self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig"
     ) -> None:
+        _share_engine_log()
         check_version()
         _expand_options(vllm_config)
         super().__init__(vllm_config, role, kv_cache_config)
@@ -110,7 +110,7 @@ class PrefixStoreConnector(OffloadingConnector):
 
     def _bind(self, accounts: list[WorkerAccount]) -> None:
         try:
-            cache_dir = Path(default_index_dir(os.environ))
+            cache_dir = default_index_dir(os.environ)
             fields = {
                 **scheduler_fields(
                     self._engine_config,
@@ -172,6 +172,15 @@ def _expand_options(config: "VllmConfig") -> None:
     transfer.kv_connector_extra_config = expand(
         transfer.kv_connector_extra_config, machine=_machine_memory()
     )
+
+
+def _share_engine_log() -> None:
+    """Let our log go where, and look as, the engine's does."""
+    ours, engine = logging.getLogger("prefixstore"), logging.getLogger("vllm")
+    if not ours.handlers and engine.handlers:
+        ours.handlers = list(engine.handlers)
+        ours.setLevel(engine.getEffectiveLevel())
+        ours.propagate = False
 
 
 def _machine_memory() -> MachineMemory:

@@ -88,9 +88,11 @@ class TierOptions(StoreConfig, frozen=True, kw_only=True, forbid_unknown_fields=
                 f"kv_connector_extra_config: {error}. Known options: {known}"
             ) from error
 
-    def store_config(self) -> StoreConfig:
-        """Return the store's part."""
-        return StoreConfig(**{name: getattr(self, name) for name in StoreConfig.__struct_fields__})
+    def store_config(self, *, index_dir: str) -> StoreConfig:
+        """Return the store's part, with ``index_dir`` where the user named none."""
+        fields = {name: getattr(self, name) for name in StoreConfig.__struct_fields__}
+        fields["index_dir"] = self.index_dir or index_dir
+        return StoreConfig(**fields)
 
     def limits(self, payload_bytes: int) -> Limits:
         """Return the bounds of the I/O client for payloads of up to ``payload_bytes``."""

@@ -11,6 +11,7 @@ options, else when the workers have told the front door. Until then everything i
 
 import ctypes
 import logging
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,6 +30,7 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from prefixstore.clock import Clock, SystemClock
+from prefixstore.index.place import default_index_dir
 from prefixstore.ioproc.client import IoClient
 from prefixstore.ioproc.jobs import (
     ChunkLoad,
@@ -153,7 +155,9 @@ class PrefixStoreTier(SecondaryTierManager):
             StoreTarget(
                 root=self._options.root,
                 namespace=msgspec.json.encode(dict(fields)),
-                options=msgspec.json.encode(self._options.store_config()),
+                options=msgspec.json.encode(
+                    self._options.store_config(index_dir=str(default_index_dir(os.environ)))
+                ),
             ),
             self._options.limits(max(payload_bytes.values())),
             clock=self._clock,
