@@ -2,9 +2,8 @@
 
 Owns the rules that make LMDB safe to share between processes that are killed at any moment:
 
-    opened once       Two openings in one process would share POSIX locks and lose them at the first
-                      close, so openings of one path share one ``Environment`` and are counted.
-    never over fork   In a child everything raises until it opens anew.
+    opened once       ``sharing`` has one ``Environment`` for each path in a process.
+    never over fork   In a child everything raises until it opens anew; see ``sharing``.
     stale readers     A killed reader pins pages until the map is full, so ``reader_check`` runs at
                       open, each minute and when the map is full.
     growth            A full map doubles, up to a limit; a map that another process grew is adopted.
@@ -22,7 +21,6 @@ With ``sync=False`` a power cut tears the file; ``place`` never hands out a file
 import contextlib
 import os
 import threading
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeAlias, TypeVar
@@ -43,10 +41,8 @@ __all__ = [
     "Table",
     "Tables",
     "Transaction",
-    "acquire",
     "declare_damaged",
-    "is_open",
-    "release",
+    "open_handle",
 ]
 
 MAP_BYTES_MAX = 2**36
@@ -63,9 +59,8 @@ READER_CHECK_S = 60.0
 """How long a killed reader may pin pages; a check costs a system call for each reader."""
 ATTEMPTS_MAX = 40
 """Doublings from 1 MiB to ``MAP_BYTES_MAX`` are 16; the rest is for processes that grow in turns."""
-CLOSE_WAIT_S = 5.0
-"""How long closing waits for a transaction that itself waits for a stopped process."""
-
+FULL_WAIT_S = 0.01
+"""Between two attempts at the limit of the map; all of them take less than half a second."""
 Transaction: TypeAlias = "lmdb.Transaction[bytes]"
 Table: TypeAlias = "lmdb._Database"  # noqa: SLF001 - its only name; used in annotations alone
 T = TypeVar("T")
@@ -79,14 +74,6 @@ DAMAGE = (
     lmdb.IncompatibleError,
 )
 """Errors that only a damaged file causes; the others may pass."""
-
-_open_lock = threading.Lock()
-_open: "dict[Path, Environment]" = {}
-_all: "weakref.WeakSet[Environment]" = weakref.WeakSet()
-_parked: list[object] = []
-_hooked: list[bool] = []
-# The one global state of this package. Which files a process has open is a fact about the process,
-# and LMDB's rule is about exactly that.
 
 
 class DamageError(Exception):
@@ -134,7 +121,10 @@ class Environment:
         self._inode = data_inode(path)
         self._checked_s = clock.monotonic_s()
         handle.reader_check()
-        self.tables = Tables(*(handle.open_db(name.encode()) for name in Tables._fields))
+        # A transaction like any other: the map may be full or grown by others at this moment.
+        self.tables = self.write(
+            lambda txn: Tables(*(handle.open_db(name.encode(), txn=txn) for name in Tables._fields))
+        )
 
     def read(self, work: Callable[[Transaction], T]) -> T:
         """Run ``work`` in a read-only transaction and return its answer.
@@ -170,6 +160,8 @@ class Environment:
                     with self._usable().begin(write=True, buffers=False) as txn:
                         return work(txn)
                 except lmdb.MapFullError:
+                    if attempt == ATTEMPTS_MAX - 1:
+                        raise self._full() from None
                     self._make_room(grow=attempt > 0)
                 except lmdb.MapResizedError:
                     with self.reading:
@@ -223,20 +215,25 @@ class Environment:
             self._usable().set_mapsize(0)
 
     def _make_room(self, *, grow: bool) -> None:
-        """Free what killed readers pin, else double the map; ``writing`` is held."""
+        """Free what killed readers pin, or adopt what others added, else double the map.
+
+        ``writing`` is held. Doubling without a look at the others' size would compound: each of them
+        meets the full map in turn.
+        """
         with self.reading:
             handle = self._usable()
             if handle.reader_check() and not grow:
                 return
-            # Another process may have grown the map since; doubling starts from its size.
+            had = int(handle.info()["map_size"])
             handle.set_mapsize(0)
-            wanted = 2 * int(handle.info()["map_size"])
-            if wanted > self._map_bytes_max:
-                raise UnavailableError(
-                    f"the index at {self.path} has reached {self._map_bytes_max} bytes; "
-                    "remove the directory to start a new one, or raise index_map_bytes_max"
-                )
-            handle.set_mapsize(wanted)
+            adopted = int(handle.info()["map_size"])
+            if adopted > had:
+                return
+            if 2 * adopted <= self._map_bytes_max:
+                handle.set_mapsize(2 * adopted)
+                return
+        # At the limit, pages may still be pinned by a reader that is alive and soon done.
+        self._clock.sleep(FULL_WAIT_S)
 
     def _refusal(self, error: Exception) -> UnavailableError:
         if isinstance(error, (DamageError, *DAMAGE)):
@@ -246,29 +243,28 @@ class Environment:
             "check the space, the permissions and the health of its filesystem"
         )
 
+    def _full(self) -> UnavailableError:
+        return UnavailableError(
+            f"the index at {self.path} has reached its limit of {self._map_bytes_max} bytes; "
+            "remove the directory to start a new one, or raise map_bytes_max"
+        )
+
     def _gave_up(self) -> UnavailableError:
         return UnavailableError(
             f"the index at {self.path} was still busy after {ATTEMPTS_MAX} attempts; try later"
         )
 
 
-def acquire(path: Path, *, map_bytes: int, map_bytes_max: int, clock: Clock) -> Environment:
-    """Open ``path``, or share it if this process has it open; pair with ``release``.
+def open_handle(path: Path, *, map_bytes: int) -> lmdb.Environment:
+    """Open the files in ``path``, made if missing.
 
     Raises:
-        UnavailableError: LMDB cannot open it. Where the file itself is to blame, ``DAMAGED_NAME``
+        UnavailableError: LMDB cannot open them. Where the file itself is to blame, ``DAMAGED_NAME``
             now says so.
     """
-    with _open_lock:
-        shared = _open.get(path)
-        if shared is not None and shared.unusable is None:
-            shared.users += 1
-            return shared
-        if not _hooked:
-            os.register_at_fork(after_in_child=_after_fork_in_child)
-            _hooked.append(True)
+    for _ in range(ATTEMPTS_MAX):
         try:
-            handle = lmdb.open(
+            return lmdb.open(
                 os.fspath(path),
                 map_size=map_bytes,
                 max_dbs=len(Tables._fields),
@@ -279,7 +275,9 @@ def acquire(path: Path, *, map_bytes: int, map_bytes_max: int, clock: Clock) -> 
                 metasync=False,
                 writemap=False,  # a writable map turns a full disk into SIGBUS
             )
-            opened = Environment(path, handle=handle, clock=clock, map_bytes_max=map_bytes_max)
+        except lmdb.MapResizedError:
+            # It grew between the look at its size and the first transaction.
+            continue
         except (lmdb.Error, OSError) as error:
             if isinstance(error, DAMAGE):
                 declare_damaged(path)
@@ -287,37 +285,7 @@ def acquire(path: Path, *, map_bytes: int, map_bytes_max: int, clock: Clock) -> 
                 f"the index at {path} cannot be opened: {error}; "
                 "check the space, the permissions and the health of its filesystem"
             ) from error
-        _open[path] = opened
-        _all.add(opened)
-        return opened
-
-
-def release(environment: Environment) -> None:
-    """Give back one ``acquire``; the last one closes the environment."""
-    with _open_lock:
-        environment.users -= 1
-        if environment.users or environment.pid != os.getpid():
-            return
-        if _open.get(environment.path) is environment:
-            del _open[environment.path]
-        waited = environment.writing.acquire(timeout=CLOSE_WAIT_S)
-        handle, environment.handle = environment.handle, None
-        if not waited:
-            # Its thread waits for a process that was stopped in a transaction; the handle must
-            # outlive the wait.
-            _parked.append(handle)
-            return
-        with environment.reading:
-            if handle is not None:
-                handle.close()
-        environment.writing.release()
-
-
-def is_open(path: Path) -> bool:
-    """Say whether this process has ``path`` open and in use."""
-    with _open_lock:
-        shared = _open.get(path)
-        return shared is not None and shared.unusable is None
+    raise UnavailableError(f"the index at {path} grows faster than it can be opened; try later")
 
 
 def declare_damaged(path: Path) -> None:
@@ -333,25 +301,3 @@ def data_inode(path: Path) -> int:
         return (path / DATA_NAME).stat().st_ino
     except OSError:
         return 0
-
-
-def _after_fork_in_child() -> None:
-    """Drop what the parent had open, without touching what the parent still uses.
-
-    Closing an idle handle here is local: LMDB clears only reader slots of the closing process, and
-    POSIX locks are the parent's own. A handle that another thread was using at the fork stays as it
-    is for ever, because that thread does not exist here.
-    """
-    global _open_lock  # noqa: PLW0603 - the inherited lock may be held by a thread that is gone
-    _open_lock = threading.Lock()
-    _open.clear()
-    for environment in list(_all):
-        idle = environment.writing.acquire(blocking=False) and environment.reading.acquire(
-            blocking=False
-        )
-        handle, environment.handle = environment.handle, None
-        if handle is not None and idle:
-            handle.close()
-        else:
-            _parked.append(handle)
-        environment.writing, environment.reading = threading.Lock(), threading.Lock()

@@ -279,6 +279,11 @@ class LmdbIndex:
 
         self._write(work)
 
+    def map_bytes(self) -> int:
+        """Return the size of the map: address space, an upper bound of the file."""
+        self._check_open()
+        return self._environment.map_bytes()
+
     def close(self) -> None:
         """Let go of the environment and the slot; idempotent."""
         if not self._closed:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from prefixstore.clock import Clock
 from prefixstore.errors import UnavailableError
-from prefixstore.index import environment
+from prefixstore.index import sharing
 from prefixstore.index.environment import DAMAGED_NAME, DATA_NAME, FORMAT_NAME, Environment
 from prefixstore.index.place import Slot
 from prefixstore.index.probe import Verdict, probe
@@ -35,14 +35,12 @@ def open_in(slot: Slot, *, map_bytes: int, map_bytes_max: int, clock: Clock) -> 
     path = slot.path / FORMAT_NAME
 
     def acquire() -> Environment:
-        return environment.acquire(
-            path, map_bytes=map_bytes, map_bytes_max=map_bytes_max, clock=clock
-        )
+        return sharing.acquire(path, map_bytes=map_bytes, map_bytes_max=map_bytes_max, clock=clock)
 
     with slot.opening(clock):
         try:
             path.mkdir(mode=0o700, exist_ok=True)
-            if not environment.is_open(path) and not fit_to_open(slot.path, path):
+            if not sharing.is_open(path) and not fit_to_open(slot.path, path):
                 discard(path)
             try:
                 opened = acquire()
@@ -51,7 +49,7 @@ def open_in(slot: Slot, *, map_bytes: int, map_bytes_max: int, clock: Clock) -> 
                     raise
                 discard(path)
                 opened = acquire()
-            (slot.path / PROBED_NAME).write_text(str(identity(path)[0]), encoding="ascii")
+            write_note(slot.path / PROBED_NAME, str(identity(path)[0]))
         except OSError as error:
             if isinstance(error, UnavailableError):
                 raise
@@ -68,13 +66,12 @@ def close_in(slot: Slot, opened: Environment, *, clock: Clock) -> None:
     If others still write, the note no longer fits the file, and a probe follows.
     """
     path = slot.path / FORMAT_NAME
-    environment.release(opened)
+    sharing.release(opened)
     # Without the note the next opening probes.
     with contextlib.suppress(OSError):
-        if opened.unusable is None and not environment.is_open(path):
+        if opened.unusable is None and not sharing.is_open(path):
             with slot.opening(clock):
-                note = " ".join(map(str, identity(path)))
-                (slot.path / CLOSED_NAME).write_text(note, encoding="ascii")
+                write_note(slot.path / CLOSED_NAME, " ".join(map(str, identity(path))))
     slot.close()
 
 
@@ -111,6 +108,13 @@ def note_in(path: Path) -> str:
             return file.read(256)
     except (FileNotFoundError, UnicodeDecodeError):
         return ""
+
+
+def write_note(path: Path, text: str) -> None:
+    """Replace a note; one that is half written by a killed process would cost a probe."""
+    unfinished = path.with_suffix(".new")
+    unfinished.write_text(text, encoding="ascii")
+    unfinished.replace(path)
 
 
 def discard(path: Path) -> None:
