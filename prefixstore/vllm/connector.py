@@ -14,6 +14,7 @@ and turns the tier off when the weights may have changed.
 import logging
 import os
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
@@ -22,7 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandsha
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 
-from prefixstore.errors import PrefixStoreError
+from prefixstore.errors import InvalidError, PrefixStoreError
 from prefixstore.index.place import default_index_dir
 from prefixstore.vllm.backends import WorkerAccount, describe_worker, join_accounts
 from prefixstore.vllm.compat import check_version
@@ -110,12 +111,11 @@ class PrefixStoreConnector(OffloadingConnector):
 
     def _bind(self, accounts: list[WorkerAccount]) -> None:
         try:
-            cache_dir = default_index_dir(os.environ)
             fields = {
                 **scheduler_fields(
                     self._engine_config,
                     self._cache_config,
-                    digests=WeightDigests(cache_dir / "weights.json"),
+                    digests=WeightDigests(_digest_memory()),
                 ),
                 **join_accounts(accounts),
             }
@@ -172,6 +172,14 @@ def _expand_options(config: "VllmConfig") -> None:
     transfer.kv_connector_extra_config = expand(
         transfer.kv_connector_extra_config, machine=_machine_memory()
     )
+
+
+def _digest_memory() -> Path | None:
+    """Return the file that remembers digests of weights; None where the user has no cache."""
+    try:
+        return default_index_dir(os.environ).parent / "weights.json"
+    except InvalidError:
+        return None
 
 
 def _share_engine_log() -> None:

@@ -88,7 +88,7 @@ class TierOptions(StoreConfig, frozen=True, kw_only=True, forbid_unknown_fields=
                 f"kv_connector_extra_config: {error}. Known options: {known}"
             ) from error
 
-    def store_config(self, *, index_dir: str) -> StoreConfig:
+    def store_config(self, *, index_dir: str | None) -> StoreConfig:
         """Return the store's part, with ``index_dir`` where the user named none."""
         fields = {name: getattr(self, name) for name in StoreConfig.__struct_fields__}
         fields["index_dir"] = self.index_dir or index_dir

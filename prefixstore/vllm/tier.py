@@ -30,6 +30,7 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from prefixstore.clock import Clock, SystemClock
+from prefixstore.errors import InvalidError
 from prefixstore.index.place import default_index_dir
 from prefixstore.ioproc.client import IoClient
 from prefixstore.ioproc.jobs import (
@@ -155,9 +156,7 @@ class PrefixStoreTier(SecondaryTierManager):
             StoreTarget(
                 root=self._options.root,
                 namespace=msgspec.json.encode(dict(fields)),
-                options=msgspec.json.encode(
-                    self._options.store_config(index_dir=str(default_index_dir(os.environ)))
-                ),
+                options=msgspec.json.encode(self._options.store_config(index_dir=_index_dir())),
             ),
             self._options.limits(max(payload_bytes.values())),
             clock=self._clock,
@@ -465,6 +464,14 @@ class PrefixStoreTier(SecondaryTierManager):
                         transfer_bytes=completion.stored_bytes,
                     )
                 )
+
+
+def _index_dir() -> str | None:
+    """Return the user's place for indexes; without one, the store works with one in memory."""
+    try:
+        return str(default_index_dir(os.environ))
+    except InvalidError:
+        return None
 
 
 def _optional(reason: str | None) -> str | None:
