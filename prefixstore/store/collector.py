@@ -1,0 +1,141 @@
+"""The long work in the background: rebuild a fresh index, evict when the root fills up, reap orphans.
+
+One thread, started with the first request, takes one request at a time; a request made twice while it
+waits is one. It ends between two directories, or two victims, when the store closes.
+"""
+
+import logging
+import threading
+
+from prefixstore.errors import ClosedError, PrefixStoreError
+from prefixstore.store.evictor import Evictor
+from prefixstore.store.parts import Parts
+from prefixstore.store.reconcile import reconcile
+
+__all__ = ["Collector"]
+
+LOG = logging.getLogger(__name__)
+
+QUIET_S = 30.0
+"""After an eviction that freed nothing (all is pinned, or the root cannot be written) the next one has
+to wait so long: each costs a scan of the tree."""
+
+
+class Collector:
+    """The background thread for long work. Safe for concurrent use; its lock is a leaf."""
+
+    def __init__(self, parts: Parts, evictor: Evictor) -> None:
+        self._parts = parts
+        self._evictor = evictor
+        self._clock = parts.clock
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._wanted: set[str] = set()
+        self._full = False
+        self._evict_at_s = float("-inf")
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def closing(self) -> bool:
+        """Whether long work should end at its next step."""
+        return self._closing
+
+    def want_rebuild(self) -> None:
+        """Ask for a scan that brings the index in line with the tree."""
+        self._want("rebuild")
+
+    def want_reap(self) -> None:
+        """Ask for the removal of what dead writers left behind."""
+        self._want("reap")
+
+    def want_eviction(self, *, full: bool = False) -> None:
+        """Ask for an eviction.
+
+        Args:
+            full: The filesystem has refused a write: evict whatever the figures say.
+        """
+        if self._clock.monotonic_s() >= self._evict_at_s:
+            self._full = self._full or full
+            self._want("evict")
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until nothing is asked for or under way; return whether that came to pass."""
+        return self._idle.wait(timeout_s)
+
+    def close(self, *, timeout_s: float) -> bool:
+        """End the thread at its next step and wait for it; return whether it has ended."""
+        self._closing = True
+        self._wake.set()
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout_s)
+        return thread is None or not thread.is_alive()
+
+    def _want(self, what: str) -> None:
+        with self._lock:
+            if self._closing or what in self._wanted:
+                return
+            self._wanted.add(what)
+            self._idle.clear()
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name="prefixstore-collector", daemon=True
+                )
+                self._thread.start()
+        self._wake.set()
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._wake.wait()
+            self._wake.clear()
+            while (what := self._next()) is not None:
+                self._do(what)
+        self._idle.set()
+
+    def _next(self) -> str | None:
+        """Take the most urgent request; None when there is none left, or no time."""
+        with self._lock:
+            if self._closing:
+                return None
+            for what in ("evict", "rebuild", "reap"):
+                if what in self._wanted:
+                    self._wanted.discard(what)
+                    return what
+            self._idle.set()
+            return None
+
+    def _do(self, what: str) -> None:
+        parts = self._parts
+        try:
+            if what == "evict":
+                self._evict()
+            elif what == "rebuild":
+                reconcile(parts.tree, parts.hints, stop=lambda: self._closing)
+            else:
+                parts.counters.add(orphans_removed=parts.membership.reap())
+        except ClosedError:
+            return  # Closed under its feet, when a hung mount has outlasted the close.
+        except PrefixStoreError as error:
+            LOG.warning("prefixstore cannot %s: %s", what, error)
+
+    def _evict(self) -> None:
+        parts = self._parts
+        full, self._full = self._full, False
+        report = self._evictor.evict(
+            lambda used_bytes: parts.space.target_bytes(used_bytes, full=full),
+            max_age_s=None,
+            dry_run=False,
+            scan=True,
+            stop=lambda: self._closing,
+        )
+        parts.space.forget()
+        parts.counters.add(evictions=1)
+        for error in report.errors:
+            LOG.warning("prefixstore eviction: %s", error)
+        if report.evicted_chunks:
+            parts.breaker.retry_soon()
+        else:
+            self._evict_at_s = self._clock.monotonic_s() + QUIET_S

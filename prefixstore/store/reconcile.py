@@ -1,0 +1,199 @@
+"""Bring the index in line with the tree: the one direction in which knowledge flows.
+
+Both sides come in the order of their keys, so they are merged like two sorted lists, one leaf
+directory at a time, in bounded memory:
+
+    tree   a     c  d        e
+    index  a  b     d'       e
+              │  │  │
+              │  │  └ another size: header read again
+              │  └ unknown: header read, row added
+              └ vanished: looked at once more, row removed
+
+A known blob costs its share of a directory listing and a stat, an unknown one a read of its header
+besides. A scan of a directory is not of one moment, so what seems to have vanished is looked at again:
+it may have been published after its directory was listed.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from prefixstore.blob.header import BlobHeader, file_bytes
+from prefixstore.blob.reasons import MissReason
+from prefixstore.errors import PrefixStoreError
+from prefixstore.index.base import Entry, Row
+from prefixstore.index.records import COUNT_MAX, Record
+from prefixstore.keys import Key, NamespaceId
+from prefixstore.store.hints import Hints
+from prefixstore.tree.blobs import BlobTree, Miss, ScanEntry
+
+__all__ = ["COMPLETE_MARK", "ReconcileReport", "reconcile", "record_of"]
+
+COMPLETE_MARK = "complete"
+"""Set in an index that has met every blob of the root once; without it, the index is being built."""
+ERRORS_KEPT = 8
+TORN_KEPT = 2**16
+"""A power cut can tear every file of its last minutes; the next scan meets the rest."""
+PUT_ROWS = 1024
+"""Rows to collect before they are put: one transaction for several directories."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ReconcileReport:
+    """What a reconciliation met.
+
+    Attributes:
+        blobs: Blobs seen in the tree.
+        file_bytes: Their files' lengths.
+        added: Rows that were new.
+        removed: Rows whose blob is gone.
+        torn: Files in the place of a blob whose length or header is not a blob's.
+        finished: Every directory was read to its end.
+        errors: Sentences on what could not be read; the first few.
+    """
+
+    blobs: int = 0
+    file_bytes: int = 0
+    added: int = 0
+    removed: int = 0
+    torn: list[ScanEntry] = field(default_factory=list)
+    finished: bool = True
+    errors: list[str] = field(default_factory=list)
+
+    def tore(self, entry: ScanEntry) -> None:
+        """Note a file that is no blob, though it has a blob's name."""
+        if len(self.torn) < TORN_KEPT:
+            self.torn.append(entry)
+
+    def failed(self, error: PrefixStoreError) -> None:
+        """Note that something could not be read."""
+        self.finished = False
+        if len(self.errors) < ERRORS_KEPT:
+            self.errors.append(str(error))
+
+
+def record_of(header: BlobHeader, *, used_s: int, touched_s: int) -> Record:
+    """Return the row of a blob whose header was read; times as in ``Record``."""
+    return Record(
+        file_bytes=file_bytes(header.stored_bytes),
+        raw_bytes=header.raw_bytes,
+        # A checksum fits any number: a forged header must not stop a scan.
+        end_token=min(header.end_token, COUNT_MAX),
+        parent=header.parent,
+        used_s=used_s,
+        touched_s=touched_s,
+    )
+
+
+def reconcile(
+    tree: BlobTree, hints: Hints, *, stop: Callable[[], bool] = lambda: False
+) -> ReconcileReport:
+    """Compare all namespaces with the index and correct the index.
+
+    Args:
+        tree: The truth.
+        hints: The index.
+        stop: Asked before each directory; True ends the scan early and leaves the rest as it was.
+
+    Returns:
+        What was met. Never raises for what a filesystem does: the report says what is missing.
+    """
+    report = ReconcileReport()
+    try:
+        # Namespaces of the index, too: a directory that is gone leaves rows behind.
+        namespaces = {*tree.root.namespaces(), *hints.totals()}
+    except PrefixStoreError as error:
+        report.failed(error)
+        return report
+    for namespace in sorted(namespaces):
+        _Merge(tree, hints, namespace, report, stop).run()
+    if report.finished:
+        hints.set_mark(COMPLETE_MARK, "1")
+    return report
+
+
+class _Merge:
+    """The merge of one namespace; used once."""
+
+    def __init__(
+        self,
+        tree: BlobTree,
+        hints: Hints,
+        namespace: NamespaceId,
+        report: ReconcileReport,
+        stop: Callable[[], bool],
+    ) -> None:
+        self._tree = tree
+        self._hints = hints
+        self._namespace = namespace
+        self._report = report
+        self._stop = stop
+        self._rows: Iterator[Row] = hints.scan(namespace)
+        self._head = next(self._rows, None)
+        self._new: list[Entry] = []
+
+    def run(self) -> None:
+        """Merge directory by directory."""
+        try:
+            for (outer, inner), entries in self._tree.scan(self._namespace):
+                if self._stop():
+                    self._report.finished = False
+                    break
+                fan = bytes.fromhex(outer + inner)
+                # Rows before this directory belong to directories that are not there.
+                self._vanished([row.key for row in self._rows_until(fan)])
+                self._leaf(entries, {row.key: row.record for row in self._rows_of(fan)})
+            else:
+                self._vanished([row.key for row in self._rows_until(b"\xff" * 3)])
+        except PrefixStoreError as error:
+            self._report.failed(error)
+        self._put(at_least=1)
+
+    def _rows_until(self, fan: bytes) -> Iterator[Row]:
+        while self._head is not None and self._head.key[: len(fan)] < fan:
+            yield self._head
+            self._head = next(self._rows, None)
+
+    def _rows_of(self, fan: bytes) -> Iterator[Row]:
+        while self._head is not None and self._head.key[: len(fan)] == fan:
+            yield self._head
+            self._head = next(self._rows, None)
+
+    def _leaf(self, entries: list[ScanEntry], known: dict[Key, Record]) -> None:
+        for entry in entries:
+            record = known.pop(entry.key, None)
+            self._report.blobs += 1
+            self._report.file_bytes += entry.file_bytes
+            used_s = min(max(0, int(entry.modified_s)), COUNT_MAX)
+            if record is None or record.raw_bytes == 0 or record.file_bytes != entry.file_bytes:
+                self._learn(entry, used_s=used_s, is_new=record is None)
+            elif used_s > record.used_s:
+                # Another host used it and touched it on disk.
+                self._new.append(
+                    (self._namespace, entry.key, Record(used_s=used_s, touched_s=used_s))
+                )
+        self._vanished(list(known))
+        self._put(at_least=PUT_ROWS)
+
+    def _learn(self, entry: ScanEntry, *, used_s: int, is_new: bool) -> None:
+        header = self._tree.read_header(self._namespace, entry.key)
+        if isinstance(header, Miss):
+            if header.reason in (MissReason.TORN, MissReason.HEADER):
+                self._report.tore(entry)
+            return
+        if file_bytes(header.stored_bytes) != entry.file_bytes:
+            self._report.tore(entry)
+            return
+        self._report.added += is_new
+        record = record_of(header, used_s=used_s, touched_s=used_s)
+        self._new.append((self._namespace, entry.key, record))
+
+    def _vanished(self, keys: list[Key]) -> None:
+        gone = [key for key in keys if self._tree.probe(self._namespace, key) is None]
+        if gone:
+            self._report.removed += self._hints.remove_many(self._namespace, gone)
+
+    def _put(self, *, at_least: int) -> None:
+        if len(self._new) >= at_least:
+            self._hints.put_many(self._new)
+            self._new = []
