@@ -23,8 +23,10 @@ number of 4096-byte pages, so that its length alone tells a torn file.
        224   3856  zero
       4080     16  XXH3-128 of bytes 0 to 4079
 
-A header is valid if its checksum fits, every "zero" is zero, the lengths are in their limits, and the
-codec is known. Version 1 is the first; a reader accepts its own version and the one before.
+A header is valid if its checksum fits, every "zero" is zero, the lengths are in their limits, the codec
+is known, and a raw payload is stored at its own length. Magic, version, the header's size and its
+checksum keep their places in every version, so that an old reader knows a newer blob from a damaged one.
+Version 1 is the first; a reader accepts its own version and the one before.
 """
 
 import struct
@@ -61,6 +63,7 @@ _CHECKED_BYTES = HEADER_BYTES - 16
 _PADDING = bytes(_CHECKED_BYTES - _FIELDS.size)
 _CODECS = (Codec.RAW, Codec.ZSTD, Codec.SHUFFLE_ZSTD)
 _CODEC_NUMBERS = {codec: number for number, codec in enumerate(_CODECS)}
+_RAW = _CODEC_NUMBERS[Codec.RAW]
 ELEMENT_BYTES_MAX = 16
 
 
@@ -116,6 +119,10 @@ def encode_header(header: BlobHeader) -> bytes:
 def encode_header_into(header: BlobHeader, page: memoryview) -> None:
     """Write the header into a page of ``HEADER_BYTES``, all of it."""
     parent = header.parent or b""
+    # What no reader would accept must not be written; struct would cut a longer key without a word.
+    assert max(len(header.key), len(parent)) <= KEY_BYTES_MAX, "keys come from make_key"
+    assert 1 <= header.stored_bytes <= header.raw_bytes <= RAW_BYTES_MAX, header
+    assert 1 <= header.element_bytes <= ELEMENT_BYTES_MAX, header
     _FIELDS.pack_into(
         page,
         0,
@@ -148,6 +155,7 @@ def decode_header(page: bytes | memoryview) -> BlobHeader:
     """
     if len(page) < HEADER_BYTES:
         raise _invalid(f"{len(page)} bytes, a header has {HEADER_BYTES}")
+    page = bytes(page[:HEADER_BYTES])  # Bytes compare three times as fast as views.
     if page[_CHECKED_BYTES:HEADER_BYTES] != xxhash.xxh3_128_digest(page[:_CHECKED_BYTES]):
         raise _invalid("the checksum does not fit")
     (
@@ -181,6 +189,8 @@ def decode_header(page: bytes | memoryview) -> BlobHeader:
         raise _invalid(f"codec {codec} of {element_bytes}-byte elements is unknown")
     if not 1 <= stored_bytes <= raw_bytes <= RAW_BYTES_MAX:
         raise _invalid(f"{stored_bytes} stored bytes for {raw_bytes} raw bytes are out of range")
+    if codec == _RAW and stored_bytes != raw_bytes:
+        raise _invalid(f"{stored_bytes} bytes stored raw cannot be {raw_bytes} bytes")
     return BlobHeader(
         version=version,
         namespace=NamespaceId(namespace.hex()),
