@@ -47,8 +47,7 @@ from prefixstore.ioproc.messages import (
     request_decoder,
 )
 from prefixstore.keys import Key
-from prefixstore.store import Chunk, PrefixStore
-from prefixstore.store import Loaded as StoreLoaded
+from prefixstore.store import Chunk, Miss, PrefixStore
 
 __all__ = ["main"]
 
@@ -202,12 +201,16 @@ class Server:
         outcome = store.load(
             Key(request.key), self._arena.buffer(request.buffer), raw_bytes=request.raw_bytes
         )
-        hit = isinstance(outcome, StoreLoaded)
+        elapsed_s = self._clock.monotonic_s() - started_s
+        if isinstance(outcome, Miss):
+            return Loaded(
+                ticket=request.ticket, reason=outcome.reason, stored_bytes=0, elapsed_s=elapsed_s
+            )
         return Loaded(
             ticket=request.ticket,
-            reason=None if hit else str(outcome.reason),
-            stored_bytes=outcome.stored_bytes if hit else 0,
-            elapsed_s=self._clock.monotonic_s() - started_s,
+            reason=None,
+            stored_bytes=outcome.stored_bytes,
+            elapsed_s=elapsed_s,
         )
 
     def _store_chunk(self, store: PrefixStore, request: Store) -> Stored:

@@ -66,6 +66,10 @@ ADMISSION_PATIENCE_S = 20.0
 
 Room comes free when another request is scheduled: seconds on a busy engine."""
 
+YIELD_S = 50e-6
+"""How long the scheduler lets go of the GIL in a step while jobs are in flight. The interpreter's own
+switch interval, 5 ms, would be paid for every message and every chunk."""
+
 ANSWERS = {
     Answer.MISS: LookupResult.MISS,
     Answer.HIT: LookupResult.HIT,
@@ -210,6 +214,10 @@ class PrefixStoreTier(SecondaryTierManager):
             self._budget.release(request_id)
         if (binding := self._binding) is None:
             return
+        if self._results or binding.client.busy:
+            # An engine with nothing else to do turns without a pause, and would keep the GIL from the
+            # pump that it waits for.
+            self._clock.sleep(YIELD_S)
         for request_id, request in self._requests.items():
             for question in request.lookup.take_questions():
                 self._next_ticket += 1

@@ -8,8 +8,9 @@ the tensors in order, in each tensor the chunk's blocks in order.
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from typing_extensions import override
 from vllm.v1.kv_offload.base import (
@@ -86,14 +87,16 @@ class HostCopyWorker(OffloadingWorker):
         self._blocks_per_chunk = blocks_per_chunk
         self._groups = kv_caches.group_data_refs
         self._finished: list[TransferResult] = []
-        # Both sides as (rows, blocks of a row, page bytes), so that one index names one block's page.
-        self._device_pages: list[torch.Tensor] = []
-        self._slot_pages: list[torch.Tensor] = []
+        # Both sides as (rows, blocks of a row, page bytes), so that one index names one block's page;
+        # as arrays, since torch would share each small copy out to threads that compute.
+        self._device_pages: list[np.ndarray[Any, np.dtype[np.int8]]] = []
+        self._slot_pages: list[np.ndarray[Any, np.dtype[np.int8]]] = []
         for cache in kv_caches.tensors:
             page_bytes = cache.page_size_bytes
-            self._device_pages.append(cache.tensor.view(torch.int8).view((-1, page_bytes)))
+            pages = cache.tensor.view(torch.int8).view((-1, page_bytes))
+            self._device_pages.append(pages.numpy())
             row = region.create_next_worker_view(page_bytes * blocks_per_chunk)
-            self._slot_pages.append(row.unflatten(1, (blocks_per_chunk, page_bytes)))
+            self._slot_pages.append(row.unflatten(1, (blocks_per_chunk, page_bytes)).numpy())
 
     @override
     def submit_store(
@@ -125,9 +128,9 @@ class HostCopyWorker(OffloadingWorker):
                 page = self._device_pages[ref.tensor_idx][place.block, :used]
                 kept = self._slot_pages[ref.tensor_idx][place.slot, place.position, :used]
                 if to_slots:
-                    kept.copy_(page)
+                    kept[:] = page
                 else:
-                    page.copy_(kept)
+                    page[:] = kept
                 copied_bytes += used
         self._finished.append(
             TransferResult(
