@@ -76,6 +76,7 @@ class LmdbIndex:
         store_id: str,
         map_bytes: int = MAP_BYTES,
         map_bytes_max: int = MAP_BYTES_MAX,
+        discard: bool = False,
         clock: Clock | None = None,
         host: Host | None = None,
     ) -> Self:
@@ -88,6 +89,8 @@ class LmdbIndex:
             store_id: The store's id, as in its ``store.json``.
             map_bytes: Address space reserved at first.
             map_bytes_max: Where the growth of the map ends, and puts with it.
+            discard: Start empty whatever is there, because it is suspected of having killed a
+                process. Other processes that have it open keep what they have.
             clock: The system's if None.
             host: This host's facts if None.
 
@@ -99,7 +102,11 @@ class LmdbIndex:
         slot = claim_slot(index_dir, store_id=store_id, host=host or this_host(), clock=clock)
         try:
             environment = open_in(
-                slot, map_bytes=map_bytes, map_bytes_max=map_bytes_max, clock=clock
+                slot,
+                map_bytes=map_bytes,
+                map_bytes_max=map_bytes_max,
+                discard_first=discard,
+                clock=clock,
             )
         except BaseException:
             slot.close()

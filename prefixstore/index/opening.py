@@ -26,8 +26,12 @@ PROBED_NAME = "probed"
 CLOSED_NAME = "closed"
 
 
-def open_in(slot: Slot, *, map_bytes: int, map_bytes_max: int, clock: Clock) -> Environment:
+def open_in(
+    slot: Slot, *, map_bytes: int, map_bytes_max: int, discard_first: bool, clock: Clock
+) -> Environment:
     """Open the environment of ``slot``; one that is damaged is discarded and started anew.
+
+    An environment that this process has open already is shared as it is.
 
     Raises:
         UnavailableError: It cannot be opened now.
@@ -40,7 +44,7 @@ def open_in(slot: Slot, *, map_bytes: int, map_bytes_max: int, clock: Clock) -> 
     with slot.opening(clock):
         try:
             path.mkdir(mode=0o700, exist_ok=True)
-            if not sharing.is_open(path) and not fit_to_open(slot.path, path):
+            if not sharing.is_open(path) and (discard_first or not fit_to_open(slot.path, path)):
                 discard(path)
             try:
                 opened = acquire()
