@@ -94,7 +94,6 @@ class Store(msgspec.Struct, tag=3, frozen=True, kw_only=True, array_like=True):
     element_bytes: int
     buffer: int
     raw_bytes: int
-    deadline_s: float
 
 
 class Touch(msgspec.Struct, tag=4, frozen=True, kw_only=True, array_like=True):

@@ -57,6 +57,8 @@ RESTART_LONGEST_S = 60.0
 LOAD_BUFFERS_RESERVED = 2
 """Buffers that stores leave free, so that a full store queue never delays a waiting request."""
 KILL_WAIT_S = 1.0
+EXIT_WAIT_S = 0.5
+"""A process closes its stream some moments before its end can be told."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -324,7 +326,6 @@ class Pump:
                 element_bytes=store.element_bytes,
                 buffer=number,
                 raw_bytes=store.raw_bytes,
-                deadline_s=self._clock.monotonic_s() + job.patience_s,
             )
         )
 
@@ -340,7 +341,7 @@ class Pump:
         for reply in replies:
             self._take_reply(reply)
         if not is_open:
-            self._lose_process("the I/O process died")
+            self._lose_process("the I/O process died", exit_wait_s=EXIT_WAIT_S)
 
     def _take_reply(self, reply: Reply) -> None:
         match reply:
@@ -433,12 +434,17 @@ class Pump:
         elif self._process.overflowed:
             self._lose_process("the I/O process stopped reading")
 
-    def _lose_process(self, why: str) -> None:
-        """Kill the child, answer everything in flight with a miss, plan the next start."""
+    def _lose_process(self, why: str, *, exit_wait_s: float = 0.0) -> None:
+        """Kill the child, answer everything in flight with a miss, plan the next start.
+
+        Args:
+            why: A sentence for people.
+            exit_wait_s: How long a child that ends by itself may take, to tell how it died.
+        """
         process, self._process = self._process, None
         if process is not None:
             self._selector.unregister(process.stream)
-            self._discard_index = process.wait(0.0) and process.died_of_damage()
+            self._discard_index = process.wait(exit_wait_s) and process.died_of_damage()
             process.kill()
             if not process.wait(KILL_WAIT_S):
                 self._stuck.append(process)

@@ -177,7 +177,8 @@ class Server:
         store = self._store
         if store is None:
             return _refuse(request, "off")
-        if isinstance(request, Find | Load | Store) and self._is_late(request):
+        # A store is never too late: its bytes lie complete in the arena, and somebody may want them.
+        if isinstance(request, Find | Load) and self._is_late(request):
             return _refuse(request, "timeout")
         match request:
             case Find():
@@ -192,7 +193,7 @@ class Server:
             case _:
                 raise AssertionError(f"{type(request).__name__} is not for a pool")
 
-    def _is_late(self, request: Find | Load | Store) -> bool:
+    def _is_late(self, request: Find | Load) -> bool:
         return request.deadline_s < self._clock.monotonic_s()
 
     def _load(self, store: PrefixStore, request: Load) -> Loaded:
