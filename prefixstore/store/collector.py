@@ -65,6 +65,11 @@ class Collector:
         """Wait until nothing is asked for or under way; return whether that came to pass."""
         return self._idle.wait(timeout_s)
 
+    def work(self) -> None:
+        """Do all that is asked for now, in the caller's thread."""
+        while (what := self._next()) is not None:
+            self._do(what)
+
     def close(self, *, timeout_s: float) -> bool:
         """End the thread at its next step and wait for it; return whether it has ended."""
         self._closing = True
@@ -80,7 +85,7 @@ class Collector:
                 return
             self._wanted.add(what)
             self._idle.clear()
-            if self._thread is None:
+            if self._thread is None and self._parts.background:
                 self._thread = threading.Thread(
                     target=self._run, name="prefixstore-collector", daemon=True
                 )
@@ -91,8 +96,7 @@ class Collector:
         while not self._closing:
             self._wake.wait()
             self._wake.clear()
-            while (what := self._next()) is not None:
-                self._do(what)
+            self.work()
         self._idle.set()
 
     def _next(self) -> str | None:

@@ -120,6 +120,8 @@ class Evictor:
             PrefixStoreError: The pins cannot be read.
         """
         run = _Run(dry_run=dry_run)
+        if self._keeper is not None:
+            self._keeper.flush()
         held = self._pins.held(now_s=self._membership.now_s())
         for key in keys:
             kept = self._kept((namespace, key), held)

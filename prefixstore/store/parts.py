@@ -52,6 +52,7 @@ class Parts:
         present: Keys of the store's namespace that were there a moment ago.
         space: Room on the root.
         breaker: Whether writing is worth a try.
+        background: Whether threads do what need not happen while a request waits.
     """
 
     root: Root
@@ -67,9 +68,12 @@ class Parts:
     present: RecentKeys
     space: Space
     breaker: Breaker
+    background: bool
 
     @classmethod
-    def build(cls, root: Root, *, config: StoreConfig, index: Index, clock: Clock) -> Self:
+    def build(
+        cls, root: Root, *, config: StoreConfig, index: Index, clock: Clock, background: bool
+    ) -> Self:
         """Build the parts of a store on ``root``; takes over ``index``."""
         hints = Hints(index)
         tree = BlobTree(root, config=config, writer=uuid.uuid4().hex, clock=clock)
@@ -94,4 +98,5 @@ class Parts:
                 clock=clock,
             ),
             breaker=Breaker(pause_s=STORE_PAUSE_S, pause_max_s=STORE_PAUSE_MAX_S, clock=clock),
+            background=background,
         )

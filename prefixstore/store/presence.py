@@ -56,7 +56,7 @@ class Presence:
 
         found = gallop(len(rest), is_there)
         if found:
-            self._keeper.found(self._entries(keys, known, found, sizes))
+            self._keeper.learnt(self._entries(keys, known, found, sizes))
         return known + found
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
@@ -72,7 +72,7 @@ class Presence:
             size = self._look(key)
             if size is not None:
                 answers[at] = True
-                self._keeper.found([self._entry(key, parent=None, file_bytes=size)])
+                self._keeper.learnt([self._entry(key, parent=None, file_bytes=size)])
         return answers
 
     def _shorter_prefix(self, keys: Sequence[Key]) -> int:

@@ -55,6 +55,10 @@ class Space:
         """Whether there is a quota or a floor to keep to."""
         return self._max_bytes is not None or self._min_free_bytes > 0
 
+    def reads_next(self) -> bool:
+        """Whether the next question reads the figures anew."""
+        return self.limited and self._clock.monotonic_s() >= self._refresh_at_s
+
     def refusal(self, file_bytes: int) -> SkipReason | None:
         """Return why a blob of ``file_bytes`` must not be stored now, or None."""
         if not self.limited:

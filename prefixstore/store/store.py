@@ -87,6 +87,7 @@ class PrefixStore:
         create: bool = True,
         index: Index | Literal["auto"] | None = "auto",
         discard_index: bool = False,
+        background: bool = True,
         os_calls: Os | None = None,
         clock: Clock | None = None,
     ) -> Self:
@@ -101,6 +102,8 @@ class PrefixStore:
             index: ``"auto"`` for this host's index in ``config.index_dir``, None for none that outlives
                 this process, or an index that the store takes over.
             discard_index: Go without this host's index: it is suspected of having killed a process.
+            background: Start threads for what need not happen while a request waits. False leaves it
+                to ``work``, for tools and tests that want it at a time of their own.
             os_calls: The seam to the filesystem; the machine's if None.
             clock: The clock; the machine's if None.
 
@@ -119,7 +122,9 @@ class PrefixStore:
             index, config=config, store_id=opened.store_id, discard=discard_index, clock=clock
         )
         try:
-            parts = Parts.build(opened, config=config, index=hint, clock=clock)
+            parts = Parts.build(
+                opened, config=config, index=hint, clock=clock, background=background
+            )
             store = cls(parts, namespace=identity)
         except BaseException:
             hint.close()
@@ -360,6 +365,7 @@ class PrefixStore:
     def reconcile(self) -> ReconcileReport:
         """Bring the index in line with the tree, now, in this thread; ends early when closed."""
         self._check_open()
+        self._flush()
         report = reconcile(self.tree, self.hints, stop=lambda: self._collector.closing)
         self._count_pins()
         return report
@@ -367,8 +373,16 @@ class PrefixStore:
     def rebuild(self) -> None:
         """Forget the index and build it anew from the tree, in the background, while serving."""
         self._check_open()
+        self._flush()
         self.hints.clear()
         self._collector.want_rebuild()
+
+    def work(self) -> None:
+        """Do what waits for the background, now and in this thread: rows, touches, evictions asked for."""
+        self._check_open()
+        if self._keeper is not None:
+            self._keeper.work()
+        self._collector.work()
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Wait until no rebuild or eviction is under way; return whether that came to pass."""
@@ -377,6 +391,7 @@ class PrefixStore:
     def stats(self) -> StoreStats:
         """Return what the index knows of the root, and what this process has done."""
         self._check_open()
+        self._flush()
         totals = self.hints.totals()
         return StoreStats(
             chunks=sum(t.chunks for t in totals.values()),
@@ -440,6 +455,11 @@ class PrefixStore:
         if only_age:
             return lambda used_bytes: used_bytes
         return lambda used_bytes: self._parts.space.target_bytes(used_bytes, full=False)
+
+    def _flush(self) -> None:
+        """Have the index know what this process has done until now."""
+        if self._keeper is not None:
+            self._keeper.flush()
 
     def _count_pins(self) -> None:
         """Have the index follow the pin files; eviction reads them again in any case."""

@@ -149,6 +149,9 @@ class Transfers:
         """Return why nothing should be written now, or None."""
         if self._read_only:
             return SkipReason.READ_ONLY
+        if self._space.reads_next():
+            # What was stored in the last half second must be in the figures.
+            self._keeper.flush()
         reason = self._space.refusal(raw_bytes)
         if reason is not None:
             self._collector.want_eviction()
@@ -165,7 +168,7 @@ class Transfers:
         now_s = self._membership.now_s()
         # A blob that existed keeps its time on disk until it is due for a touch.
         record = record_of(header, used_s=now_s, touched_s=0 if existed else now_s)
-        self._hints.put_many([(self._namespace, key, record)])
+        self._keeper.learnt([(self._namespace, key, record)])
         self._missing.forget((key,))
         self._present.add(key)
         if existed:
