@@ -122,6 +122,7 @@ def encode_header_into(header: BlobHeader, page: memoryview) -> None:
     # What no reader would accept must not be written; struct would cut a longer key without a word.
     assert max(len(header.key), len(parent)) <= KEY_BYTES_MAX, "keys come from make_key"
     assert 1 <= header.stored_bytes <= header.raw_bytes <= RAW_BYTES_MAX, header
+    assert header.codec is not Codec.RAW or header.stored_bytes == header.raw_bytes, header
     assert 1 <= header.element_bytes <= ELEMENT_BYTES_MAX, header
     _FIELDS.pack_into(
         page,
@@ -195,7 +196,7 @@ def decode_header(page: bytes | memoryview) -> BlobHeader:
         version=version,
         namespace=NamespaceId(namespace.hex()),
         key=_key(key, key_length),
-        parent=_key(parent, parent_length) if parent_length else None,
+        parent=_key(parent, parent_length) if parent_length or parent.strip(b"\0") else None,
         end_token=end_token,
         codec=_CODECS[codec],
         element_bytes=element_bytes,
