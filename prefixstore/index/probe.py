@@ -37,7 +37,7 @@ class Verdict(enum.Enum):
     """The child died, hung or found a contradiction."""
 
 
-def probe(path: Path, *, within_s: float = PROBE_S) -> Verdict:
+def probe(path: Path, *, within_s: float = PROBE_S, hang_s: float = HANG_S) -> Verdict:
     """Have a child process read the environment at ``path``.
 
     Raises nothing: without a child there is no proof, and no proof means ``DAMAGED``.
@@ -50,7 +50,7 @@ def probe(path: Path, *, within_s: float = PROBE_S) -> Verdict:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            timeout=within_s + HANG_S,
+            timeout=within_s + hang_s,
             check=False,
         )
     except (OSError, subprocess.SubprocessError):
