@@ -1,11 +1,11 @@
 """PrefixStore as its callers see it: what is stored is found and loaded, and nothing else is."""
 
 import errno
-import gc
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from prefixstore.errors import ClosedError, InvalidError, UnavailableError
@@ -24,6 +24,7 @@ from prefixstore.testing.clock import ManualClock
 from prefixstore.testing.faults import Fail, FaultyOs, When
 from prefixstore.tree.buffer import Buffer
 from prefixstore.tree.osfs import RealOs
+from prefixstore.tree.writers import this_process
 
 OpenStore = Callable[..., PrefixStore]
 
@@ -417,9 +418,10 @@ def test_misuse_is_told_at_once(open_store: OpenStore) -> None:
 def test_a_forgotten_close_warns(root: str) -> None:
     """An opened store that is dropped says so, and still gives back what it holds."""
     store = PrefixStore.open(root, namespace=FIELDS, index=None, background=False)
+    forgotten = [store]
+    del store
     with pytest.warns(ResourceWarning, match="not closed"):
-        del store
-        gc.collect()
+        forgotten.clear()
 
 
 def test_opening_does_not_create_when_told_so(root: str) -> None:
@@ -466,23 +468,14 @@ def test_orphans_of_dead_writers_are_reaped(open_store: OpenStore) -> None:
     orphan = Path(first.root.layout.temporary(dead)) / "0"
     orphan.parent.mkdir(parents=True)
     orphan.write_bytes(b"half a blob")
-    Path(first.root.layout.writer(dead)).write_text(
-        '{"host": "%s", "boot_id": "%s", "pid": 1, "pid_namespace": "%s", "started": "never"}'
-        % _this_host()
-    )
+    document = msgspec.structs.replace(this_process(), started="never")
+    Path(first.root.layout.writer(dead)).write_bytes(msgspec.json.encode(document))
     store = open_store()
     store_chain(store, keys)
     store.work()
 
     assert not orphan.exists()
     assert payload_of(keys[0]) == load(store, keys[0])
-
-
-def _this_host() -> tuple[str, str, str]:
-    from prefixstore.tree.writers import this_process
-
-    here = this_process()
-    return here.host, here.boot_id, here.pid_namespace
 
 
 def test_an_unstored_parent_does_not_keep_a_chunk_out(open_store: OpenStore) -> None:
