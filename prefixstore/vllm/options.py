@@ -19,7 +19,7 @@ from prefixstore.config import StoreConfig
 from prefixstore.errors import InvalidError
 from prefixstore.ioproc.jobs import Limits
 
-__all__ = ["MachineMemory", "TierOptions", "check_options", "expand"]
+__all__ = ["FRONT_DOOR", "MachineMemory", "TierOptions", "check_options", "expand"]
 
 VLLM_OPTIONS = frozenset(
     {
@@ -34,6 +34,9 @@ VLLM_OPTIONS = frozenset(
     }
 )
 """vLLM's own options of its tiered offloading, which pass through (vllm/v1/kv_offload)."""
+
+FRONT_DOOR = "behind_front_door"
+"""Set in a tier's options by ``expand`` alone: the connector will bind this tier to its namespace."""
 
 CPU_BYTES_LARGEST = 4 * 2**30
 """The CPU tier's size when the user names none: it stages chunks between the device and the root, and
@@ -161,6 +164,11 @@ def expand(options: Mapping[str, Any], *, machine: MachineMemory) -> dict[str, A
         "spec_name": "PrefixStoreSpec",
         "spec_module_path": "prefixstore.vllm.spec",
         "secondary_tiers": [
-            {"type": "PrefixStoreTier", "module_path": "prefixstore.vllm.tier", **ours}
+            {
+                "type": "PrefixStoreTier",
+                "module_path": "prefixstore.vllm.tier",
+                FRONT_DOOR: True,
+                **ours,
+            }
         ],
     }

@@ -48,7 +48,7 @@ from prefixstore.vllm.compat import request_keys
 from prefixstore.vllm.guard import guarded
 from prefixstore.vllm.layout import Span
 from prefixstore.vllm.lookups import Answer, Budget, Question, RequestLookup
-from prefixstore.vllm.options import TierOptions
+from prefixstore.vllm.options import FRONT_DOOR, TierOptions
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
@@ -120,7 +120,14 @@ class PrefixStoreTier(SecondaryTierManager):
     ) -> None:
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         self.replicated_layout = offloading_spec.replicated_layout
+        is_behind_front_door = bool(options.pop(FRONT_DOOR, False))
         self._options = TierOptions.from_mapping(options)
+        if not is_behind_front_door and self._options.namespace is None:
+            raise InvalidError(
+                "secondary_tiers: a PrefixStoreTier under vLLM's own spec sees neither weights nor "
+                "layout, so it needs a 'namespace': a name that you change whenever anything that "
+                "decides KV changes. PrefixStoreConnector works it out by itself"
+            )
         self._clock = clock or SystemClock()
         self._metrics = metrics.TierMetrics()
         self._metrics.set_state("opening")

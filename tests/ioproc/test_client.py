@@ -11,7 +11,6 @@ from prefixstore.ioproc.client import IoClient
 from prefixstore.ioproc.jobs import FindDone, LoadDone, StoreDone
 from tests.ioproc.conftest import (
     PAYLOAD_BYTES,
-    MakeClient,
     Slots,
     await_jobs,
     await_state,
@@ -223,7 +222,7 @@ def test_stores_accepted_before_a_kill_of_the_engine_are_published(root, tmp_pat
             slots = Slots()
             child = child_of(client)
             os.kill(child, signal.SIGSTOP)
-            for i, key in enumerate(keys):
+            for i in range(len(keys)):
                 slots.put(i, payload(i))
             client.store(1, [slots.store(key, i, end=16 * i + 16) for i, key in enumerate(keys)])
             wait_until(lambda: len(client._pump._operations) == len(keys), "all to be sent")

@@ -1,0 +1,444 @@
+"""Our tier below vLLM's real tiering manager and CPU tier, driven the way its scheduler drives them.
+
+No engine and no model: keys, slots and steps are real, and what a chunk holds is told by its key, so
+that every byte that lands in a slot can be checked.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from vllm.v1.kv_offload.base import (
+    LookupResult,
+    OffloadKey,
+    ReqContext,
+    ScheduleEndContext,
+)
+from vllm.v1.kv_offload.config import (
+    OffloadingCacheConfig,
+    OffloadingConfig,
+    OffloadingGroupConfig,
+    OffloadingModelConfig,
+    OffloadingParallelConfig,
+)
+from vllm.v1.kv_offload.tiering.base import JobResult, TransferJob
+
+from prefixstore.errors import InvalidError
+from prefixstore.vllm.spec import PrefixStoreSpec
+from prefixstore.vllm.tier import PrefixStoreTier
+
+CHUNK_BYTES = 8192
+TOKENS = 16
+PATIENCE_S = 20.0
+
+
+def make_config(root: Path, *, slots: int, engine: str, **options: object) -> OffloadingConfig:
+    """Describe a single-worker engine whose CPU tier has ``slots`` slots."""
+    return OffloadingConfig(
+        groups=(OffloadingGroupConfig(tokens_per_block=TOKENS, layer_names=("0",), group_id=0),),
+        worker_kv_bytes_per_block=CHUNK_BYTES,
+        enable_kv_cache_events=False,
+        extra_config={
+            "cpu_bytes_to_use": slots * CHUNK_BYTES,
+            "secondary_tiers": [
+                {
+                    "type": "PrefixStoreTier",
+                    "module_path": "prefixstore.vllm.tier",
+                    "root": str(root),
+                    "namespace": "test",
+                    "miss_ttl_s": 0.0,
+                    **options,
+                }
+            ],
+        },
+        engine_id=engine,
+        model=OffloadingModelConfig(name="model", dtype="bfloat16"),
+        cache=OffloadingCacheConfig(tokens_per_hash=TOKENS, blocks_per_chunk=1),
+        parallel=OffloadingParallelConfig(
+            rank=0,
+            world_size=1,
+            tp_size=1,
+            pp_size=1,
+            pcp_size=1,
+            dcp_size=1,
+            data_parallel_index=0,
+            data_parallel_size=1,
+            data_parallel_rank_local=None,
+            is_parallelism_agnostic=True,
+        ),
+    )
+
+
+def prompt(name: str, chunks: int, *, after: tuple[OffloadKey, ...] = ()) -> tuple[OffloadKey, ...]:
+    """Return the keys of a prompt that begins with the keys ``after``."""
+    own = (
+        OffloadKey(f"{name}{i}".encode().ljust(32, b".") + bytes(4))
+        for i in range(chunks - len(after))
+    )
+    return (*after, *own)
+
+
+def content(key: OffloadKey) -> np.ndarray:
+    """Return what a chunk holds."""
+    seed = int.from_bytes(key[:16], "big") % 251
+    return np.arange(CHUNK_BYTES, dtype=np.uint32).astype(np.uint8) ^ np.uint8(seed)
+
+
+@dataclass
+class Driver:
+    """Plays vLLM's scheduler and worker against a real manager."""
+
+    spec: PrefixStoreSpec
+    steps: int = 0
+    loaded: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.manager = self.spec.get_manager()
+        self.tier = next(t for t in self.manager.secondary_tiers if isinstance(t, PrefixStoreTier))
+        self.slots = np.asarray(self.manager.primary_tier.get_kv_memoryview()).view(np.uint8)
+
+    def await_state(self, state: str) -> None:
+        """Wait until the tier's store is in a state."""
+        self._until(lambda: self.tier._binding.client.state == state, state)
+
+    def begin(self, name: str, keys: tuple[OffloadKey, ...]) -> ReqContext:
+        """Let a request arrive."""
+        context = ReqContext(req_id=name)
+        for i, key in enumerate(keys):
+            context.set_offload_key_position(key, (i + 1) * TOKENS)
+        self.manager.on_new_request(context)
+        return context
+
+    def scan(self, context: ReqContext, keys: tuple[OffloadKey, ...]) -> int | None:
+        """Look a prompt up as the scheduler's prefix lookup does; None: ask again."""
+        hits, deferred = 0, False
+        for key in keys:
+            match self.manager.lookup(key, context):
+                case LookupResult.HIT:
+                    hits += 1
+                case LookupResult.HIT_PENDING:
+                    hits, deferred = hits + 1, True
+                case LookupResult.RETRY:
+                    deferred = True
+                case LookupResult.MISS:
+                    break
+        return None if deferred else hits
+
+    def end_step(self, *scheduled: str) -> None:
+        """End a step in which these requests were scheduled for the first time."""
+        self.steps += 1
+        self.manager.on_schedule_end(ScheduleEndContext(scheduled, ()))
+
+    def load(self, context: ReqContext, keys: tuple[OffloadKey, ...]) -> None:
+        """Load confirmed hits to the device, checking each byte."""
+        if keys:
+            spec = self.manager.prepare_load(keys, context)
+            for key, slot in zip(keys, spec.chunk_ids, strict=True):
+                np.testing.assert_array_equal(content(key), self.slots[slot][:CHUNK_BYTES])
+        self.end_step(context.req_id)
+        if keys:
+            self.manager.complete_load(keys, context)
+
+    def compute(self, context: ReqContext, keys: tuple[OffloadKey, ...]) -> None:
+        """Compute chunks and offer them for storing."""
+        output = self.manager.prepare_store(keys, context)
+        if output is None or not output.keys_to_store:
+            return
+        for key, slot in zip(output.keys_to_store, output.store_spec.chunk_ids, strict=True):
+            self.slots[slot][:CHUNK_BYTES] = content(key)
+        self.manager.complete_store(set(output.keys_to_store), context)
+
+    def serve(self, name: str, keys: tuple[OffloadKey, ...]) -> int:
+        """Serve one request to its end; returns how many chunks were not computed."""
+        context = self.begin(name, keys)
+        hits: int | None = None
+
+        def settled() -> bool:
+            nonlocal hits
+            hits = self.scan(context, keys)
+            if hits is None:
+                self.end_step()
+            return hits is not None
+
+        self._until(settled, f"request {name} to be scheduled")
+        assert hits is not None
+        self.load(context, keys[:hits])
+        self.compute(context, keys[hits:])
+        self.manager.on_request_finished(context)
+        return hits
+
+    def settle(self) -> None:
+        """Step until nothing is in flight, as an idle engine does."""
+
+        def idle() -> bool:
+            self.end_step()
+            return not self.manager.has_pending_work()
+
+        self._until(idle, "the manager to be idle")
+
+    def _until(self, condition, what: str) -> None:
+        end_s = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < end_s, f"waited {PATIENCE_S} s for {what}"
+            time.sleep(0.0005)
+
+
+@pytest.fixture
+def drive(tmp_path, monkeypatch) -> Iterator:
+    """Give a function that builds a driver on the test's root; all are shut down at the end."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    drivers: list[Driver] = []
+
+    def make(*, slots: int = 64, **options: object) -> Driver:
+        engine = f"test-{os.getpid()}-{len(drivers)}"
+        driver = Driver(
+            PrefixStoreSpec(make_config(tmp_path / "root", slots=slots, engine=engine, **options))
+        )
+        drivers.append(driver)
+        return driver
+
+    yield make
+    for driver in drivers:
+        driver.manager.shutdown()
+
+
+def test_a_prompt_is_computed_once_and_loaded_by_the_next_engine(drive):
+    """What one manager stored another finds, byte for byte."""
+    first = drive()
+    first.await_state("on")
+    keys = prompt("a", 10)
+    assert 0 == first.serve("r1", keys)
+    first.settle()
+
+    second = drive()
+    second.await_state("on")
+
+    assert 10 == second.serve("r2", keys)
+    assert 5 == second.serve("r3", prompt("b", 8, after=keys[:5]))
+
+
+def test_a_prefix_longer_than_the_cpu_tier_finishes(drive):
+    """Twelve chunks through eight slots: what fits is loaded, the rest computed, in bounded steps."""
+    first = drive()
+    first.await_state("on")
+    keys = prompt("a", 12)
+    first.serve("r1", keys)
+    first.settle()
+    small = drive(slots=8)
+    small.await_state("on")
+
+    hits = small.serve("r2", keys)
+
+    assert 0 < hits <= 8
+    declined = small.tier.get_stats().data["data"]["vllm:prefixstore_declined_hits"]
+    assert {("no_room",): 12 - 8} == declined
+
+
+def test_fifty_waiting_prompts_finish_through_a_small_cpu_tier(drive):
+    """Requests that wait together take turns in the CPU tier and none waits for ever."""
+    first = drive(slots=512)
+    first.await_state("on")
+    shared = prompt("s", 4)
+    prompts = {f"r{i}": prompt(f"p{i}", 8, after=shared if i % 2 else ()) for i in range(50)}
+    for name, keys in prompts.items():
+        first.serve(name, keys)
+    first.settle()
+    small = drive(slots=20)
+    small.await_state("on")
+    waiting = {name: small.begin(name, keys) for name, keys in prompts.items()}
+    hits: dict[str, int] = {}
+
+    def turn() -> bool:
+        """One step: every waiting request is asked, the first that is ready is scheduled."""
+        for name in list(waiting):
+            found = small.scan(waiting[name], prompts[name])
+            if found is not None:
+                hits[name] = found
+                context = waiting.pop(name)
+                small.load(context, prompts[name][:found])
+                small.manager.on_request_finished(context)
+                return not waiting
+        small.end_step()
+        return not waiting
+
+    small._until(turn, "all prompts to be scheduled")
+
+    assert 50 == len(hits)
+    assert 50 * 8 * 0.5 < sum(hits.values()), "most chunks came from the store"
+
+
+def test_a_request_that_leaves_while_it_waits_frees_its_room(drive):
+    """An aborted request holds no promise of slots that others wait for."""
+    first = drive()
+    first.await_state("on")
+    keys = prompt("a", 8)
+    first.serve("r1", keys)
+    first.settle()
+    small = drive(slots=8)
+    small.await_state("on")
+    context = small.begin("aborted", keys)
+    small._until(lambda: not small.scan(context, keys) and not small.end_step(), "a first scan")
+    small.manager.on_request_finished(context)
+
+    assert 8 == small.serve("r2", keys)
+
+
+def test_recency_follows_requests_that_the_store_never_saw_loads_of(drive, tmp_path):
+    """At a request's end its whole chain is touched, whoever served it."""
+    driver = drive(touch_interval_s=0.0)
+    driver.await_state("on")
+    keys = prompt("a", 4)
+    driver.serve("r1", keys)
+    driver.settle()
+    blobs = sorted((tmp_path / "root").glob("ns/*/*/*/*.kv"))
+    for blob in blobs:
+        os.utime(blob, (1_000_000_000, 1_000_000_000))
+
+    driver.serve("r2", keys)  # From the CPU tier: the store is not asked.
+    driver.settle()
+
+    driver._until(
+        lambda: all(blob.stat().st_mtime > 1_000_000_000 for blob in blobs), "touches on disk"
+    )
+
+
+class Broken:
+    """Raises from everything that is asked of it."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(f"broken on purpose: {name}")
+
+
+def test_no_failure_of_ours_crosses_into_the_manager(drive):
+    """With everything behind the tier failing, requests are computed and each job ends once."""
+    driver = drive()
+    driver.await_state("on")
+    keys = prompt("a", 6)
+    driver.serve("r1", keys)
+    driver.settle()
+    real = driver.tier._binding
+    driver.tier._binding = Broken()
+    try:
+        assert 6 == driver.serve("r2", keys), "the CPU tier is not ours and still hits"
+        assert 0 == driver.serve("r3", prompt("b", 6))
+        driver.tier.drain_jobs()
+        driver.settle()
+        assert not driver.manager._jobs
+    finally:
+        driver.tier._binding = real
+
+    data = driver.tier._metrics.take().data["data"]
+    assert "vllm:prefixstore_failed_callbacks" in data
+
+
+def test_every_job_is_reported_exactly_once(drive):
+    """Unknown tickets and second reports assert in vLLM's manager; none may come from us."""
+    driver = drive()
+    driver.await_state("on")
+    reported: list[int] = []
+    original = driver.tier.get_finished_jobs
+
+    def record():
+        results = list(original())
+        reported.extend(result.job_id for result in results)
+        return results
+
+    driver.tier.get_finished_jobs = record
+    for i in range(6):
+        driver.serve(f"r{i}", prompt(f"p{i}", 5))
+        if i == 3:
+            os.kill(driver.tier._binding.client._pump._process.pid, signal.SIGKILL)
+    driver.settle()
+
+    assert sorted(set(reported)) == sorted(reported)
+    assert not driver.manager._jobs
+
+
+def test_a_bypassed_request_neither_loads_nor_stores(drive, tmp_path):
+    """A request whose KV depends on more than the namespace leaves no trace in the root."""
+    driver = drive()
+    driver.await_state("on")
+    keys = prompt("a", 4)
+    driver.serve("r1", keys)
+    driver.settle()
+    other = drive()
+    other.await_state("on")
+    more = prompt("b", 6, after=keys)
+    context = other.begin("adapter", more)
+    other.tier.bypass("adapter")
+
+    assert 0 == other.scan(context, more)
+    other.load(context, ())
+    other.compute(context, more)
+    other.manager.on_request_finished(context)
+    other.settle()
+
+    assert 4 == len(list((tmp_path / "root").glob("ns/*/*/*/*.kv")))
+
+
+def test_a_tier_that_was_turned_off_misses_and_ends_its_jobs(drive):
+    """After a reset of weights nothing is loaded or stored, and nothing hangs."""
+    driver = drive()
+    driver.await_state("on")
+    keys = prompt("a", 4)
+    driver.serve("r1", keys)
+    driver.settle()
+    driver.tier.turn_off("for a test")
+    driver.manager.reset_cache()
+
+    assert 0 == driver.serve("r2", keys)
+    driver.settle()
+
+
+def test_a_reset_drains_and_the_store_is_kept(drive):
+    """A reset by vLLM drops the CPU tier only; chunks are loaded again from the root."""
+    driver = drive()
+    driver.await_state("on")
+    keys = prompt("a", 4)
+    driver.serve("r1", keys)
+
+    driver.manager.reset_cache()
+
+    assert 4 == driver.serve("r2", keys)
+
+
+def test_the_region_has_no_name_once_everyone_has_mapped_it(drive):
+    """A SIGKILL cannot leak the CPU tier in /dev/shm."""
+    driver = drive()
+
+    assert not Path(driver.spec._scheduler_mmap.mmap_path).exists()
+
+
+def test_without_a_namespace_the_bare_tier_refuses(tmp_path):
+    """Under vLLM's own spec a tier cannot know the model: it says what to set."""
+    config = make_config(tmp_path / "root", slots=4, engine=f"refused-{os.getpid()}")
+    del config.extra_config["secondary_tiers"][0]["namespace"]
+    from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+
+    with pytest.raises(InvalidError, match="namespace"):
+        TieringOffloadingSpec(config).get_manager()
+
+
+def test_a_job_for_an_unknown_request_is_answered(drive):
+    """A store that vLLM submits for a request that is gone ends, and says that it did not store."""
+    driver = drive()
+    driver.await_state("on")
+
+    driver.tier.submit_store(
+        TransferJob(
+            job_id=77,
+            keys=prompt("x", 2),
+            chunk_ids=np.array([0, 1], dtype=np.int32),
+            is_promotion=False,
+            req_context=ReqContext(req_id="gone"),
+        )
+    )
+
+    (result,) = list(driver.tier.get_finished_jobs())
+    assert isinstance(result, JobResult)
+    assert 77 == result.job_id
