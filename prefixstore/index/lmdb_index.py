@@ -156,6 +156,7 @@ class LmdbIndex:
 
     def put_many(self, entries: Iterable[Entry]) -> None:
         """Learn chunks; what is known of them already stays known."""
+        self._check_open()
         for part in parts(entries):
             rows = [(RowKey(namespace_prefix(ns) + key), record) for ns, key, record in part]
 
@@ -172,6 +173,7 @@ class LmdbIndex:
     def remove_many(self, namespace: NamespaceId, keys: Sequence[Key]) -> int:
         """Forget chunks and return how many had a row."""
         prefix = namespace_prefix(namespace)
+        self._check_open()
         removed = 0
         for part in parts(keys):
             row_keys = [RowKey(prefix + key) for key in part]
@@ -197,6 +199,7 @@ class LmdbIndex:
         """Raise the recency of known keys; return those to touch on disk."""
         prefix = namespace_prefix(namespace)
         check_record(Record(used_s=used_s))
+        self._check_open()
         due: list[Key] = []
         for part in parts(keys):
 
@@ -286,6 +289,11 @@ class LmdbIndex:
 
         self._write(work)
 
+    @property
+    def slot_number(self) -> int:
+        """Which of the host's slots this process shares with its PID namespace."""
+        return self._slot.number
+
     def map_bytes(self) -> int:
         """Return the size of the map: address space, an upper bound of the file."""
         self._check_open()
@@ -309,10 +317,10 @@ class LmdbIndex:
         self.close()
 
     def __del__(self) -> None:
-        # A child of a fork is not the owner, and ``open`` may have failed before ``__init__``.
+        # Only a warning: the collector may run this inside a lock that closing needs. A child of a
+        # fork is not the owner, and ``open`` may have failed before ``__init__``.
         if not getattr(self, "_closed", True) and self._environment.pid == os.getpid():
             warnings.warn(f"{self!r} was not closed", ResourceWarning, source=self, stacklevel=2)
-            self.close()
 
     def _read(self, work: Callable[[Transaction], T]) -> T:
         self._check_open()

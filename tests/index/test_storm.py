@@ -1,7 +1,5 @@
 """Processes that are killed at any moment leave an index that is right."""
 
-# ruff: noqa: SIM300 - expected == actual
-
 import os
 import random
 import signal

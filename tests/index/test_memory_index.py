@@ -1,0 +1,25 @@
+"""The index in memory is bounded."""
+
+from contextlib import closing
+
+from prefixstore.index.memory_index import MemoryIndex
+from prefixstore.testing.index_contract import ONE, chain, check_counts, entries
+
+
+def test_the_oldest_are_forgotten():
+    """Beyond its limit it forgets what eviction would take first, and its counts stay right."""
+    keys = chain(100)
+    with closing(MemoryIndex(rows_max=80)) as index:
+        index.put_many(entries(keys[:80], used_s=1))
+        index.put_many(entries(keys[90:], used_s=2))
+        left = [row.key for row in index.scan()]
+        assert [*keys[:60], *keys[90:]] == left
+        check_counts(index, [(ONE, key) for key in keys])
+
+
+def test_one_large_put_is_bounded():
+    """A call longer than the limit leaves no more rows than the limit."""
+    with closing(MemoryIndex(rows_max=64)) as index:
+        index.put_many(entries(chain(1000), used_s=1))
+        assert index.totals()[ONE].chunks <= 64
+        check_counts(index)
