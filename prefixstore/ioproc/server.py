@@ -13,6 +13,7 @@ the arena, so they are still published, for a bounded time, before this process 
 """
 
 import contextlib
+import errno
 import logging
 import queue
 import signal
@@ -25,7 +26,7 @@ import msgspec
 
 from prefixstore.clock import Clock, SystemClock
 from prefixstore.config import StoreConfig
-from prefixstore.errors import PrefixStoreError
+from prefixstore.errors import FullError, PrefixStoreError, UnavailableError
 from prefixstore.ioproc.arena import Arena
 from prefixstore.ioproc.messages import (
     Configure,
@@ -46,7 +47,7 @@ from prefixstore.ioproc.messages import (
     encode_frame,
     request_decoder,
 )
-from prefixstore.keys import Key
+from prefixstore.keys import Fields, Key
 from prefixstore.store import Chunk, Miss, PrefixStore
 
 __all__ = ["main"]
@@ -61,6 +62,8 @@ within half a minute, and one that stays dead costs two attempts a minute."""
 FINISH_S = 20.0
 """How long queued stores may take once the engine has left: seconds of dirty buffers, no more."""
 COUNTERS_INTERVAL_S = 1.0
+READ_ONLY_ERRNOS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+"""A root that may not be written still has hits to give."""
 
 
 class _Pool:
@@ -147,12 +150,7 @@ class Server:
         self._send(Opened(state="opening", reason=f"opening {request.root}"))
         while not self._leaving.is_set():
             try:
-                store = PrefixStore.open(
-                    request.root,
-                    namespace=fields,
-                    config=config,
-                    discard_index=request.discard_index,
-                )
+                store = _open_as_permitted(request, fields, config)
             except (PrefixStoreError, OSError) as error:
                 self._send(Opened(state="off", reason=str(error)))
                 self._leaving.wait(delay_s)
@@ -258,6 +256,35 @@ class Server:
             pool.finish(until_s=until_s, clock=self._clock)
         if self._store is not None:
             self._store.close()
+
+
+def _open_as_permitted(
+    request: Configure, fields: Fields | None, config: StoreConfig
+) -> PrefixStore:
+    """Open a root for writing, or for reading only where no more is allowed."""
+
+    def opened(config: StoreConfig) -> PrefixStore:
+        return PrefixStore.open(
+            request.root, namespace=fields, config=config, discard_index=request.discard_index
+        )
+
+    if config.read_only:
+        return opened(config)
+    try:
+        store = opened(config)
+        try:
+            store.root.check_writable()
+        except BaseException:
+            store.close()
+            raise
+    except FullError:
+        return opened(config)  # Stores are skipped until there is room; the store sees to that.
+    except UnavailableError as error:
+        if error.errno not in READ_ONLY_ERRNOS:
+            raise
+        logger.info("opening %s for reading only: %s", request.root, error)
+        return opened(msgspec.structs.replace(config, read_only=True))
+    return store
 
 
 def _find(store: PrefixStore, request: Find) -> Found:

@@ -8,6 +8,7 @@ A namespace is a directory whose name is derived from the namespace's fields. Th
 the manifest in it holds the fields in full, and they are compared at every open.
 """
 
+import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import msgspec
 from prefixstore.errors import InvalidError
 from prefixstore.keys import Fields, NamespaceId, namespace_id
 from prefixstore.tree.documents import ensure_directory, put_document, read_document
-from prefixstore.tree.osfs import Os, RealOs
+from prefixstore.tree.osfs import FILE_MODE, Os, RealOs
 from prefixstore.tree.paths import Layout, is_namespace
 from prefixstore.tree.trouble import is_absence, translate
 
@@ -156,7 +157,7 @@ class Root:
             path = self.layout.manifest(identity)
             put_document(path, Manifest(fields=wanted), os_calls=self.os_calls)
             manifest = self.manifest(identity)
-        if manifest is None or manifest.fields != wanted:
+        if manifest is None or not _is_same(manifest.fields, wanted):
             found = manifest.fields if manifest is not None else {}
             lines = "; ".join(diff_fields(found, wanted))
             raise InvalidError(
@@ -189,6 +190,20 @@ class Root:
         """Make a directory and its parents with the root's permissions; raises ``OSError``."""
         mode = GROUP_DIRECTORY_MODE if self.group_shared else None
         ensure_directory(path, os_calls=self.os_calls, mode=mode)
+
+    def check_writable(self) -> None:
+        """Make and remove a file, as a writer does.
+
+        Raises:
+            FullError, UnavailableError: It cannot; the error says why.
+        """
+        path = f"{self.layout.tmp}/{uuid.uuid4().hex}.probe"
+        try:
+            fd = self.os_calls.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
+            self.os_calls.close(fd)
+            self.os_calls.unlink(path)
+        except OSError as error:
+            raise translate(error, doing="write", path=path) from error
 
     def make_directories(self) -> None:
         """Make the directories that every root has.
@@ -235,6 +250,12 @@ def _as_json(fields: Fields) -> dict[str, object]:
     plain = msgspec.json.decode(msgspec.json.encode(dict(fields)))
     assert isinstance(plain, dict), "a dict stays a dict"
     return plain
+
+
+def _is_same(found: dict[str, object], wanted: dict[str, object]) -> bool:
+    """Whether two sets of fields are the same JSON; in Python, 1 == 1.0 == True."""
+    one, other = (msgspec.json.encode(fields, order="sorted") for fields in (found, wanted))
+    return one == other
 
 
 def _absolute(path: str) -> str:

@@ -89,8 +89,8 @@ class HostCopyWorker(OffloadingWorker):
         self._finished: list[TransferResult] = []
         # Both sides as (rows, blocks of a row, page bytes), so that one index names one block's page;
         # as arrays, since torch would share each small copy out to threads that compute.
-        self._device_pages: "list[np.ndarray[Any, np.dtype[np.int8]]]" = []
-        self._slot_pages: "list[np.ndarray[Any, np.dtype[np.int8]]]" = []
+        self._device_pages: list[np.ndarray[Any, np.dtype[np.int8]]] = []
+        self._slot_pages: list[np.ndarray[Any, np.dtype[np.int8]]] = []
         for cache in kv_caches.tensors:
             page_bytes = cache.page_size_bytes
             pages = cache.tensor.view(torch.int8).view((-1, page_bytes))

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -161,6 +162,7 @@ def test_a_killed_process_costs_its_operations_and_is_replaced(client):
     slots = Slots()
     slots.put(0, bytes(PAYLOAD_BYTES))
     client.load(1, [slots.load(keys[0], 0)])
+    wait_until(lambda: bool(client._pump._operations), "the load to be sent")
 
     os.kill(child, signal.SIGKILL)
     (done,) = await_jobs(client)
@@ -333,3 +335,35 @@ def test_a_process_that_died_of_a_damaged_index_is_followed_by_one_without(clien
     assert not client._pump._discard_index
     client.find(1, keys, chained=True)
     assert [True, True] == await_jobs(client)[0].present
+
+
+def test_a_root_that_may_not_be_written_serves_hits_and_stores_nothing(make_client, root):
+    """On a read-only mount the store is read-only: loads work, stores are skipped with a reason."""
+    writer = make_client()
+    await_state(writer, "on")
+    keys = chain(3)
+    store_chain(writer, keys)
+    writer.close(5.0)
+    subprocess.run(["mount", "--bind", root, root], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", root], check=True)
+        client = make_client()
+        await_state(client, "read_only")
+        slots = Slots()
+        slots.put(0, bytes(PAYLOAD_BYTES))
+        slots.put(1, payload(9))
+
+        client.find(1, keys, chained=True)
+        (found,) = await_jobs(client)
+        client.load(2, [slots.load(keys[0], 0)])
+        (loaded,) = await_jobs(client)
+        other = chain(1, salt=3)[0]
+        client.store(3, [slots.store(other, 1)])
+        (stored,) = await_jobs(client)
+        client.close(5.0)
+    finally:
+        subprocess.run(["umount", "-l", root], check=True)
+
+    assert [True] * 3 == found.present
+    assert [keys[0]] == loaded.landed
+    assert {other: "read_only"} == stored.skipped
