@@ -29,6 +29,7 @@ import lmdb
 
 from prefixstore.clock import Clock
 from prefixstore.errors import ClosedError, UnavailableError
+from prefixstore.index.gate import Gate
 
 __all__ = [
     "DAMAGED_NAME",
@@ -101,9 +102,10 @@ class Tables(NamedTuple):
 class Environment:
     """An open environment, shared by everything in this process that acquired its path.
 
-    Safe for concurrent use. Lock order: ``_writing``, then ``_reading``. A read takes ``_reading``
-    only and never waits for another process; a write may, if one was stopped inside a transaction.
-    The map changes its size under both.
+    Safe for concurrent use. Lock order: ``writing``, then ``gate``. Reads share the gate and never
+    wait for each other, for a write or for another process. A write may wait for another process
+    without a bound, if that was stopped inside a transaction. The map changes its size under both,
+    alone in the gate.
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class Environment:
         self.pid = os.getpid()
         self.unusable: str | None = None
         self.writing = threading.Lock()
-        self.reading = threading.Lock()
+        self.gate = Gate()
         self.handle: lmdb.Environment | None = handle
         self._clock = clock
         self._map_bytes_max = map_bytes_max
@@ -135,7 +137,7 @@ class Environment:
         """
         for _ in range(ATTEMPTS_MAX):
             try:
-                with self.reading, self._usable().begin(buffers=False) as txn:
+                with self.gate.shared(), self._usable().begin(buffers=False) as txn:
                     return work(txn)
             except lmdb.MapResizedError:
                 self._adopt_size()
@@ -164,7 +166,7 @@ class Environment:
                         raise self._full() from None
                     self._make_room(grow=attempt > 0)
                 except lmdb.MapResizedError:
-                    with self.reading:
+                    with self.gate.alone():
                         self._usable().set_mapsize(0)
                 except (lmdb.Error, DamageError) as error:
                     raise self._refusal(error) from error
@@ -172,7 +174,7 @@ class Environment:
 
     def map_bytes(self) -> int:
         """Return the size of the map, as this process sees it."""
-        with self.reading:
+        with self.gate.shared():
             return int(self._usable().info()["map_size"])
 
     def declare_damaged(self, found: str) -> UnavailableError:
@@ -206,12 +208,12 @@ class Environment:
         return self.handle
 
     def _check_readers(self) -> None:
-        with self.reading:
+        with self.gate.shared():
             self._usable().reader_check()
 
     def _adopt_size(self) -> None:
         """Take over the map size that another process has set."""
-        with self.writing, self.reading:
+        with self.writing, self.gate.alone():
             self._usable().set_mapsize(0)
 
     def _make_room(self, *, grow: bool) -> None:
@@ -220,7 +222,7 @@ class Environment:
         ``writing`` is held. Doubling without a look at the others' size would compound: each of them
         meets the full map in turn.
         """
-        with self.reading:
+        with self.gate.alone():
             handle = self._usable()
             if handle.reader_check() and not grow:
                 return

@@ -7,10 +7,11 @@ and who shares them in ``place``; which file is fit to be opened in ``probe``.
 Each mutation is one transaction for each ``BATCH_ROWS`` keys, not synced to the disk: a commit costs
 no wait for a device, and a file of another boot is never opened.
 
-The interpreter lock: the lmdb module lets go of it around every single get and put. Beside a busy
-Python thread each of them may wait for its turn, so a get of 4096 keys that takes milliseconds alone
-takes seconds there. ``known_prefix`` therefore asks for a few keys only, and bulk calls belong in a
-process, or at a time, whose Python threads are mostly idle.
+The interpreter lock: the lmdb module lets go of it around every single get and put, and beside a
+Python thread that computes each of them may wait for its turn. A get of 4096 keys then takes several
+times as long, and seconds where cores are scarce (``tools/benchmarks/index.py`` shows both columns).
+``known_prefix`` therefore asks for a few keys only, and bulk calls belong in a process, or at a time,
+whose Python threads are mostly idle.
 """
 
 import os
@@ -164,6 +165,8 @@ class LmdbIndex:
                 batch.load(row_key for row_key, _ in rows)
                 for row_key, record in rows:
                     old = batch.record(row_key)
+                    if record == old:
+                        continue
                     new = merge(old, record) if old else record
                     if new != old:
                         batch.set(row_key, new)

@@ -26,8 +26,9 @@ from prefixstore.keys import Key, NamespaceId
 
 __all__ = ["ROWS_MAX", "MemoryIndex"]
 
-ROWS_MAX = 2**20
-"""About 500 MB of Python objects; a host that needs more rows needs LMDB."""
+ROWS_MAX = 2**18
+"""Some 100 MB. Eviction sorts them all and holds everyone up for half a second meanwhile; a host that
+needs more rows needs LMDB."""
 FORGET_SHARE = 8
 """One row in eight is forgotten at once, so that the sort is paid once in many puts."""
 BATCH_ROWS = 1024

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from prefixstore.clock import Clock
 from prefixstore.index.environment import Environment, open_handle
+from prefixstore.index.gate import Gate
 
 __all__ = ["acquire", "is_open", "release"]
 
@@ -67,7 +68,7 @@ def release(environment: Environment) -> None:
             # outlive the wait.
             _parked.append(handle)
             return
-        with environment.reading:
+        with environment.gate.alone():
             if handle is not None:
                 handle.close()
         environment.writing.release()
@@ -91,12 +92,10 @@ def _after_fork_in_child() -> None:
     _open_lock = threading.Lock()
     _open.clear()
     for environment in list(_all):
-        idle = environment.writing.acquire(blocking=False) and environment.reading.acquire(
-            blocking=False
-        )
+        idle = environment.writing.acquire(blocking=False) and environment.gate.is_idle()
         handle, environment.handle = environment.handle, None
         if handle is not None and idle:
             handle.close()
         else:
             _parked.append(handle)
-        environment.writing, environment.reading = threading.Lock(), threading.Lock()
+        environment.writing, environment.gate = threading.Lock(), Gate()

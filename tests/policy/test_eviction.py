@@ -1,6 +1,6 @@
 """The eviction policy keeps its rule on every forest of chains."""
 
-# ruff: noqa: SIM300 - expected == actual
+
 
 import dataclasses
 
