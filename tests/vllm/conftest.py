@@ -1,0 +1,91 @@
+"""What every engine test shares: the marker, the models, started engines, their logs on failure."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm import models
+from tests.vllm.engine import Engine, EngineConfig, ForkServer, fork_server
+
+HERE = Path(__file__).parent
+LOGS = pytest.StashKey[list[Path]]()
+
+StartEngine = Callable[..., Engine]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the whole directory: whatever lies here runs the engine."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.vllm)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """Show the engine logs of a failed test under its traceback."""
+    report = yield
+    if report.failed:
+        for log in item.stash.get(LOGS, []):
+            report.sections.append((f"engine log {log.name}", log.read_text(errors="replace")))
+    return report
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Give the process that has imported vLLM; engines forked from it start in seconds."""
+    with fork_server(log=tmp_path_factory.mktemp("fork-server") / "fork-server.log") as server:
+        yield server
+
+
+@pytest.fixture
+def new_log(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Path]:
+    """Give a function that names a fresh log file, shown if the test fails."""
+    logs = request.node.stash.setdefault(LOGS, [])
+
+    def name(stem: str) -> Path:
+        log = tmp_path / f"{stem}-{len(logs)}.log"
+        log.touch()
+        logs.append(log)
+        return log
+
+    return name
+
+
+@pytest.fixture
+def start_engine(
+    new_log: Callable[[str], Path], request: pytest.FixtureRequest
+) -> Iterator[StartEngine]:
+    """Give a function that starts engines; those still running at the test's end are killed.
+
+    In-process engines are forked from the preloaded parent, multiprocess ones get a fresh
+    interpreter: they are there to be as close to production as a test can be. `fresh=True` asks
+    for the fresh interpreter with an in-process engine too.
+    """
+    started: list[Engine] = []
+
+    def start(
+        model: Path, *, multiprocess: bool = False, fresh: bool = False, **fields: Any
+    ) -> Engine:
+        config = EngineConfig(model=model, multiprocess=multiprocess, **fields)
+        server = None if fresh or multiprocess else request.getfixturevalue("forks")
+        engine = Engine.start(config, log=new_log("engine"), server=server)
+        started.append(engine)
+        return engine
+
+    yield start
+    for engine in started:
+        engine.kill()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Path:
+    """Give the tiny Llama: one group of full attention."""
+    return models.tiny("llama")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Give SmolLM2-135M-Instruct."""
+    return models.smollm2()
