@@ -12,20 +12,17 @@ from collections.abc import Iterable
 
 from prefixstore.index.base import Totals
 from prefixstore.index.environment import DamageError, Table, Tables, Transaction
-from prefixstore.index.notes import SUMS_TAG, decode_sums, encode_sums, sums_key, sums_namespace
+from prefixstore.index.notes import encode_sums, sums_key
 from prefixstore.index.records import (
     NAMESPACE_BYTES,
     Record,
     RowKey,
-    decode_count,
-    decode_row,
     encode_count,
     encode_row,
-    recency_key,
 )
-from prefixstore.keys import NamespaceId
+from prefixstore.index.tables import counts_of, place_of, rows_of, sums_of
 
-__all__ = ["Batch", "all_sums", "count_of", "counts_of", "place_of", "rows_of", "sums_of"]
+__all__ = ["Batch"]
 
 
 class Batch:
@@ -149,85 +146,3 @@ class Batch:
             delete(key, db=table)
         if items:
             self._txn.cursor(table).putmulti(items)
-
-
-def place_of(row_key: RowKey, record: Record) -> bytes:
-    """Return where a row stands in the recency table."""
-    return recency_key(row_key, used_s=record.used_s, end_token=record.end_token)
-
-
-def rows_of(
-    txn: Transaction, table: Table, row_keys: list[RowKey]
-) -> dict[RowKey, tuple[Record, int]]:
-    """Return the record and children of each key that has a row.
-
-    Raises:
-        DamageError: A row fails its check.
-    """
-    found: dict[RowKey, tuple[Record, int]] = {}
-    get = txn.get
-    for row_key in row_keys:
-        # One key at a time lets go of the interpreter lock once; a cursor's getmulti thrice.
-        value = get(row_key, None, table)
-        if value is not None:
-            decoded = decode_row(row_key, value)
-            if decoded is None:
-                raise DamageError(f"row {row_key.hex()} fails its check")
-            found[row_key] = decoded
-    return found
-
-
-def counts_of(txn: Transaction, table: Table, row_keys: list[RowKey]) -> dict[RowKey, int]:
-    """Return the counters of each key that has one.
-
-    Raises:
-        DamageError: A counter fails its check.
-    """
-    if not txn.stat(table)["entries"]:
-        # Most of the time nothing waits and nothing is pinned.
-        return {}
-    found: dict[RowKey, int] = {}
-    for row_key in row_keys:
-        value = txn.get(row_key, None, table)
-        if value is not None:
-            count = decode_count(row_key, value)
-            if count is None:
-                raise DamageError(f"counter {row_key.hex()} fails its check")
-            found[row_key] = count
-    return found
-
-
-def count_of(txn: Transaction, table: Table, row_key: RowKey) -> int:
-    """Return the counter of one key, 0 if it has none."""
-    return counts_of(txn, table, [row_key]).get(row_key, 0)
-
-
-def sums_of(txn: Transaction, table: Table, key: bytes) -> Totals:
-    """Return the sums of one namespace, zeros if it has none.
-
-    Raises:
-        DamageError: They fail their check.
-    """
-    value = txn.get(key, db=table)
-    if value is None:
-        return Totals(0, 0, 0)
-    totals = decode_sums(key, value)
-    if totals is None:
-        raise DamageError(f"the sums {key.hex()} fail their check")
-    return totals
-
-
-def all_sums(txn: Transaction, table: Table) -> dict[NamespaceId, Totals]:
-    """Return the sums of every namespace that has rows.
-
-    Raises:
-        DamageError: Sums fail their check.
-    """
-    cursor = txn.cursor(table)
-    sums: dict[NamespaceId, Totals] = {}
-    if cursor.set_range(SUMS_TAG):
-        for key in cursor.iternext(keys=True, values=False):
-            if not key.startswith(SUMS_TAG):
-                break
-            sums[sums_namespace(key)] = sums_of(txn, table, key)
-    return sums

@@ -1,4 +1,4 @@
-"""One LMDB environment, used as LMDB demands: the only module that imports lmdb.
+"""One LMDB environment, used as LMDB demands: alone in importing lmdb, but for the child of ``probe``.
 
 Owns the rules that make LMDB safe to share between processes that are killed at any moment:
 
@@ -18,7 +18,6 @@ that was damaged after the probe: a crash, which a restart does not repeat.
 With ``sync=False`` a power cut tears the file; ``place`` never hands out a file of another boot.
 """
 
-import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -29,11 +28,10 @@ import lmdb
 
 from prefixstore.clock import Clock
 from prefixstore.errors import ClosedError, UnavailableError
+from prefixstore.index.files import data_inode, declare_damaged
 from prefixstore.index.gate import Gate
 
 __all__ = [
-    "DAMAGED_NAME",
-    "DATA_NAME",
     "FORMAT_NAME",
     "MAP_BYTES_MAX",
     "READERS_MAX",
@@ -42,18 +40,14 @@ __all__ = [
     "Table",
     "Tables",
     "Transaction",
-    "declare_damaged",
     "open_handle",
 ]
 
 MAP_BYTES_MAX = 2**36
-"""Address space, not memory: room for 200 million rows. A limit only so that a leak ends."""
+"""Address space, not memory: room for some 150 million rows. A limit only so that a leak ends."""
 
 FORMAT_NAME = "lmdb{}{}".format(*lmdb.version()[:2])
 """The directory of an environment names LMDB's file format: 0.9 and 1.0 cannot read each other."""
-DATA_NAME = "data.mdb"
-DAMAGED_NAME = "damaged"
-"""Its presence beside the environment says: discard it before the next opening."""
 READERS_MAX = 1024
 """Reader slots; each thread inside a read takes one. LMDB's own 126 is few for a large host."""
 READER_CHECK_S = 60.0
@@ -288,18 +282,3 @@ def open_handle(path: Path, *, map_bytes: int) -> lmdb.Environment:
                 "check the space, the permissions and the health of its filesystem"
             ) from error
     raise UnavailableError(f"the index at {path} grows faster than it can be opened; try later")
-
-
-def declare_damaged(path: Path) -> None:
-    """Leave a file that has the next opening discard the environment."""
-    # Where even that fails, the next opening still has its probe.
-    with contextlib.suppress(OSError):
-        (path / DAMAGED_NAME).touch(mode=0o600)
-
-
-def data_inode(path: Path) -> int:
-    """Return the inode of the data file, 0 if it is gone; opens nothing, which would drop locks."""
-    try:
-        return (path / DATA_NAME).stat().st_ino
-    except OSError:
-        return 0

@@ -4,7 +4,7 @@ Owns which tables hold what (``environment.Tables``) and that every change leave
 after any kill. What makes LMDB itself safe to use is in ``environment``; where its files may live
 and who shares them in ``place``; which file is fit to be opened in ``probe``.
 
-Each mutation is one transaction for each ``BATCH_ROWS`` keys, not synced to the disk: a commit costs
+Each mutation is one transaction for each ``changes.BATCH_ROWS`` keys, not synced to the disk: a commit costs
 no wait for a device, and a file of another boot is never opened.
 
 The interpreter lock: the lmdb module lets go of it around every single get and put, and beside a
@@ -18,7 +18,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -26,30 +25,21 @@ from typing import Self, TypeVar
 from prefixstore.clock import Clock, SystemClock
 from prefixstore.errors import ClosedError
 from prefixstore.index.base import Address, Entry, Refs, Row, Totals
-from prefixstore.index.batch import Batch, all_sums, count_of, rows_of
-from prefixstore.index.environment import MAP_BYTES_MAX, DamageError, Environment, Transaction
+from prefixstore.index.batch import Batch
+from prefixstore.index.changes import learn, parts, remove, touch
+from prefixstore.index.environment import MAP_BYTES_MAX, Environment, Transaction
 from prefixstore.index.limits import check_mark, gallop
-from prefixstore.index.notes import decode_mark, encode_mark, mark_key
 from prefixstore.index.opening import close_in, open_in
 from prefixstore.index.place import Host, Slot, claim_slot, this_host
-from prefixstore.index.records import (
-    Record,
-    RowKey,
-    check_record,
-    encode_count,
-    merge,
-    namespace_prefix,
-)
-from prefixstore.index.walk import last_place, pinned_rows, rows_by_age, rows_by_key, rows_with_refs
-from prefixstore.keys import KEY_BYTES_MAX, Key, NamespaceId
+from prefixstore.index.records import Record, RowKey, check_record, namespace_prefix
+from prefixstore.index.tables import all_sums, count_of, mark_of, rows_of, write_counts, write_mark
+from prefixstore.index.walk import Walk, rows_with_refs
+from prefixstore.keys import Key, NamespaceId
 
-__all__ = ["BATCH_ROWS", "MAP_BYTES", "LmdbIndex"]
+__all__ = ["MAP_BYTES", "LmdbIndex"]
 
 MAP_BYTES = 2**30
 """Address space reserved at first; room for three million rows. It doubles when it is full."""
-
-BATCH_ROWS = 4096
-"""Rows written in one transaction: fewer cost more commits, more keep other writers waiting."""
 
 T = TypeVar("T")
 
@@ -160,18 +150,7 @@ class LmdbIndex:
         self._check_open()
         for part in parts(entries):
             rows = [(RowKey(namespace_prefix(ns) + key), record) for ns, key, record in part]
-
-            def work(batch: Batch, rows: list[tuple[RowKey, Record]] = rows) -> None:
-                batch.load(row_key for row_key, _ in rows)
-                for row_key, record in rows:
-                    old = batch.record(row_key)
-                    if record == old:
-                        continue
-                    new = merge(old, record) if old else record
-                    if new != old:
-                        batch.set(row_key, new)
-
-            self._change(work)
+            self._change(partial(learn, rows=rows))
 
     def remove_many(self, namespace: NamespaceId, keys: Sequence[Key]) -> int:
         """Forget chunks and return how many had a row."""
@@ -179,16 +158,9 @@ class LmdbIndex:
         self._check_open()
         removed = 0
         for part in parts(keys):
-            row_keys = [RowKey(prefix + key) for key in part]
-
-            def work(batch: Batch, row_keys: list[RowKey] = row_keys) -> int:
-                batch.load(row_keys)
-                known = [key for key in dict.fromkeys(row_keys) if batch.record(key) is not None]
-                for row_key in known:
-                    batch.set(row_key, None)
-                return len(known)
-
-            removed += self._change(work)
+            removed += self._change(
+                partial(remove, row_keys=[RowKey(prefix + key) for key in part])
+            )
         return removed
 
     def touch_many(
@@ -205,50 +177,29 @@ class LmdbIndex:
         self._check_open()
         due: list[Key] = []
         for part in parts(keys):
-
-            def work(batch: Batch, part: list[Key] = part) -> list[Key]:
-                return touch(batch, prefix, part, used_s=used_s, refresh_s=refresh_s)
-
-            due += self._change(work)
+            due += self._change(
+                partial(touch, prefix=prefix, keys=part, used_s=used_s, refresh_s=refresh_s)
+            )
         return due
 
     def set_pins(self, pins: Mapping[Address, int]) -> None:
         """Make the pins equal to ``pins``: raise first, then lower."""
         wanted = {RowKey(namespace_prefix(ns) + key): n for (ns, key), n in pins.items() if n > 0}
-        held = dict(self._pins())
+        held = Walk(self._read, self._tables).pins()
         raised = [(key, n) for key, n in wanted.items() if n > held.get(key, 0)]
         lowered = [(key, wanted.get(key, 0)) for key, n in held.items() if wanted.get(key, 0) < n]
         for part in (*parts(raised), *parts(lowered)):
-
-            def work(txn: Transaction, part: list[tuple[RowKey, int]] = part) -> None:
-                for row_key, count in part:
-                    if count:
-                        txn.put(row_key, encode_count(row_key, count), db=self._tables.pins)
-                    else:
-                        txn.delete(row_key, db=self._tables.pins)
-
-            self._write(work)
+            self._write(partial(write_counts, table=self._tables.pins, counts=part))
 
     def oldest_first(self, namespace: NamespaceId | None = None) -> Iterator[Row]:
         """Yield rows by recency, oldest first, deepest first within a second."""
         prefix = b"" if namespace is None else namespace_prefix(namespace)
-        last = self._read(lambda txn: last_place(txn, self._tables.recency))
-
-        def batch(txn: Transaction, start: bytes) -> tuple[list[Row], bytes | None]:
-            return rows_by_age(txn, self._tables, prefix=prefix, start=start, last=last)
-
-        return self._walk(batch, start=b"\x00")
+        return Walk(self._read, self._tables).by_age(prefix)
 
     def scan(self, namespace: NamespaceId | None = None) -> Iterator[Row]:
         """Yield rows in the order of namespace and key."""
         prefix = b"" if namespace is None else namespace_prefix(namespace)
-        end = self._read(lambda txn: last_place(txn, self._tables.rows))
-        last = min(end, prefix + b"\xff" * (KEY_BYTES_MAX + 1)) if prefix else end
-
-        def batch(txn: Transaction, start: bytes) -> tuple[list[Row], bytes | None]:
-            return rows_by_key(txn, self._tables, start=start, last=last)
-
-        return self._walk(batch, start=prefix or b"\x00")
+        return Walk(self._read, self._tables).by_key(prefix)
 
     def totals(self) -> dict[NamespaceId, Totals]:
         """Return sums for each namespace that has rows, without reading the rows."""
@@ -257,31 +208,12 @@ class LmdbIndex:
     def mark(self, name: str) -> str | None:
         """Return a note set by ``set_mark``, or None."""
         check_mark(name, None)
-        key = mark_key(name)
-
-        def work(txn: Transaction) -> str | None:
-            value = txn.get(key, db=self._tables.notes)
-            if value is None:
-                return None
-            text = decode_mark(key, value)
-            if text is None:
-                raise DamageError(f"the mark {name!r} fails its check")
-            return text
-
-        return self._read(work)
+        return self._read(lambda txn: mark_of(txn, self._tables.notes, name))
 
     def set_mark(self, name: str, value: str | None) -> None:
         """Keep a small note; None removes it."""
         check_mark(name, value)
-        key = mark_key(name)
-
-        def work(txn: Transaction) -> None:
-            if value is None:
-                txn.delete(key, db=self._tables.notes)
-            else:
-                txn.put(key, encode_mark(key, value), db=self._tables.notes)
-
-        self._write(work)
+        self._write(lambda txn: write_mark(txn, self._tables.notes, name, value))
 
     def clear(self) -> None:
         """Forget everything, in one transaction; other writers wait for its length."""
@@ -344,59 +276,6 @@ class LmdbIndex:
 
         return self._write(change)
 
-    def _walk(
-        self,
-        batch: Callable[[Transaction, bytes], tuple[list[Row], bytes | None]],
-        *,
-        start: bytes,
-    ) -> Iterator[Row]:
-        rows, place = self._read(lambda txn: batch(txn, start))
-        yield from rows
-        while place is not None:
-            at = place
-            rows, place = self._read(lambda txn: batch(txn, at))  # noqa: B023 - it runs at once
-            yield from rows
-
-    def _pins(self) -> dict[RowKey, int]:
-        """Return all pins that are set now; some may change between two batches."""
-        last = self._read(lambda txn: last_place(txn, self._tables.pins))
-        held: dict[RowKey, int] = {}
-        place: bytes | None = b"\x00"
-        while place is not None:
-            found, place = self._read(
-                partial(pinned_rows, tables=self._tables, start=place, last=last)
-            )
-            held.update(found)
-        return held
-
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError(f"the index at {self._environment.path} was closed")
-
-
-def touch(
-    batch: Batch, prefix: bytes, keys: Sequence[Key], *, used_s: int, refresh_s: int | None
-) -> list[Key]:
-    """Raise the recency of the keys that have a row; return those to touch on disk."""
-    batch.load([RowKey(prefix + key) for key in keys])
-    due: list[Key] = []
-    for key in keys:
-        row_key = RowKey(prefix + key)
-        old = batch.record(row_key)
-        if old is None:
-            continue
-        touched_s = 0
-        if refresh_s is not None and used_s - old.touched_s >= refresh_s:
-            due.append(key)
-            touched_s = used_s
-        new = merge(old, Record(used_s=used_s, touched_s=touched_s, presumed=True))
-        if new != old:
-            batch.set(row_key, new)
-    return due
-
-
-def parts(items: Iterable[T]) -> Iterator[list[T]]:
-    """Cut ``items`` into lists of at most ``BATCH_ROWS``."""
-    remaining = iter(items)
-    while part := list(islice(remaining, BATCH_ROWS)):
-        yield part

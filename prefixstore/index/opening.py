@@ -15,7 +15,8 @@ from pathlib import Path
 from prefixstore.clock import Clock
 from prefixstore.errors import UnavailableError
 from prefixstore.index import sharing
-from prefixstore.index.environment import DAMAGED_NAME, DATA_NAME, FORMAT_NAME, Environment
+from prefixstore.index.environment import FORMAT_NAME, Environment
+from prefixstore.index.files import DAMAGED_NAME, DATA_NAME, note_in, write_note
 from prefixstore.index.place import Slot
 from prefixstore.index.probe import Verdict, probe
 
@@ -103,22 +104,6 @@ def identity(path: Path) -> tuple[int, int, int, int]:
     except FileNotFoundError:
         return ABSENT
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def note_in(path: Path) -> str:
-    """Return a short note, "" if there is none."""
-    try:
-        with path.open(encoding="ascii") as file:
-            return file.read(256)
-    except (FileNotFoundError, UnicodeDecodeError):
-        return ""
-
-
-def write_note(path: Path, text: str) -> None:
-    """Replace a note; one that is half written by a killed process would cost a probe."""
-    unfinished = path.with_suffix(".new")
-    unfinished.write_text(text, encoding="ascii")
-    unfinished.replace(path)
 
 
 def discard(path: Path) -> None:

@@ -24,7 +24,6 @@ import fcntl
 import os
 import re
 import shutil
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from typing import Self
 
 from prefixstore.clock import Clock
 from prefixstore.errors import InvalidError, PrefixStoreError, UnavailableError
+from prefixstore.index.files import make_private, open_lock_file, try_flock
 from prefixstore.index.filesystems import (
     Filesystem,
     check_local,
@@ -265,38 +265,3 @@ def remove_other_boots(boot_dir: Path) -> None:
             if free:
                 # Another process may be removing it, too.
                 shutil.rmtree(other, ignore_errors=True)
-
-
-def make_private(path: Path) -> None:
-    """Make a directory for this user alone, or check that an existing one is.
-
-    Raises:
-        InvalidError: It is a link, belongs to someone else or can be written by others.
-    """
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    status = path.lstat()
-    if (
-        not stat.S_ISDIR(status.st_mode)
-        or status.st_uid != os.geteuid()
-        or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    ):
-        raise InvalidError(
-            f"{path} must be a directory that only user {os.geteuid()} may write, because a forged "
-            f"index can crash its reader; it belongs to user {status.st_uid} with mode "
-            f"{stat.filemode(status.st_mode)}: remove it or set another index_dir"
-        )
-
-
-def open_lock_file(path: Path) -> int:
-    """Open a file to be flock'd, made if missing; the descriptor closes on exec."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-
-
-def try_flock(descriptor: int, kind: int) -> bool:
-    """Take an flock if that needs no waiting."""
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -21,10 +21,10 @@ from pathlib import Path
 import lmdb
 import xxhash
 
-from prefixstore.index.batch import place_of
 from prefixstore.index.environment import READERS_MAX, Table, Tables, Transaction
 from prefixstore.index.notes import SUMS_TAG, decode_mark, decode_sums
 from prefixstore.index.records import NAMESPACE_BYTES, RowKey, decode_count, decode_row
+from prefixstore.index.tables import place_of
 
 __all__ = ["main"]
 

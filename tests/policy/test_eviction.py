@@ -1,7 +1,5 @@
 """The eviction policy keeps its rule on every forest of chains."""
 
-
-
 import dataclasses
 
 import pytest
@@ -105,7 +103,7 @@ def forests(draw):
 
 
 @given(data=st.data(), chunks=forests())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_every_clause_of_the_rule(data, chunks):
     """The plan is the rule's own choice, in its order, to the last byte."""
     addresses = [chunk.address for chunk in chunks]
