@@ -199,6 +199,13 @@ class FaultyOs:
         """Return how often a method was called."""
         return self._counts[name]
 
+    def reset(self, plan: Sequence[When] | When = ()) -> None:
+        """Count from one again, with a new plan; files that are open stay known."""
+        with self._lock:
+            self.plan = plan
+            self.calls.clear()
+            self._counts.clear()
+
     def open(self, path: str, flags: int, mode: int = 0o666) -> int:
         """See ``Os.open``."""
         fd = self._do("open", path, lambda: self.inner.open(path, flags, mode), undo=self._close)

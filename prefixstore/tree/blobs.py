@@ -29,16 +29,19 @@ from prefixstore.blob.header import (
 from prefixstore.blob.verify import MissReason, check_header, check_payload
 from prefixstore.clock import Clock, SystemClock
 from prefixstore.config import RAW_BYTES_MAX, Codec, StoreConfig
-from prefixstore.errors import CorruptError, InvalidError, PrefixStoreError
+from prefixstore.errors import CorruptError, InvalidError, PrefixStoreError, UnavailableError
 from prefixstore.keys import Key, NamespaceId
 from prefixstore.tree.buffer import Buffer
 from prefixstore.tree.osfs import FILE_MODE, Os
 from prefixstore.tree.paths import blob_key, is_fan
 from prefixstore.tree.publish import Publisher
 from prefixstore.tree.root import Root
-from prefixstore.tree.trouble import is_absence, translate
+from prefixstore.tree.trouble import is_absence, is_missing, translate
 
 __all__ = ["BlobTree", "ChunkHead", "Miss", "ScanEntry", "Stored"]
+
+ATTEMPTS = 3
+"""To store one key while other writers publish and evict it. Each costs a file written in vain."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +84,6 @@ class Miss:
 
     reason: MissReason
     detail: str = ""
-
-    @property
-    def is_damage(self) -> bool:
-        """Whether the blob's own bytes are at fault, so that it belongs into quarantine."""
-        return self.reason not in (MissReason.ABSENT, MissReason.IO, MissReason.TIMEOUT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,16 +159,18 @@ class BlobTree:
                 return there
             image, header = self._encode(namespace, head, buffer, raw_bytes=raw_bytes)
             length = file_bytes(header.stored_bytes)
-            published = self._publisher.publish(path, image[:length], replace=there)
+            for _ in range(ATTEMPTS):
+                if self._publisher.publish(path, image[:length], replace=there):
+                    return Stored(existed=False, header=header, file_bytes=length)
+                # Somebody was first. What came may have been torn, or have gone again, since.
+                there = self._existing(path, namespace, head.key)
+                if isinstance(there, Stored):
+                    return there
         except OSError as error:
             if isinstance(error, PrefixStoreError):
                 raise
             raise translate(error, doing="store", path=path) from error
-        if not published:
-            there = self._existing(path, namespace, head.key)
-            if isinstance(there, Stored):
-                return there
-        return Stored(existed=False, header=header, file_bytes=length)
+        raise UnavailableError(f"cannot store {path}: it appeared and vanished {ATTEMPTS} times")
 
     def _existing(self, path: str, namespace: NamespaceId, key: Key) -> Stored | bool:
         """Return the blob that is published, or whether a torn one is in its place."""
@@ -266,9 +266,12 @@ class BlobTree:
             while done < limit:
                 count = self._os.read_into(fd, buffer.image[done:limit], done)
                 done += count
-                # A read that ends inside a page has met the end of the file. One that ends where a
-                # whole blob ends is not tried again: more could only be a foreign file's tail.
-                if count == 0 or done % ALIGN_BYTES or self._is_whole(buffer, done, raw_bytes):
+                # A read that ends where a whole blob ends is not tried again: more could only be a
+                # foreign file's tail. Past the page cache, one that ends inside a page has met the
+                # end of the file, and there is no reading on from there.
+                if count == 0 or self._is_whole(buffer, done, raw_bytes):
+                    break
+                if self.direct_io and done % ALIGN_BYTES:
                     break
             return done
         finally:
@@ -312,7 +315,9 @@ class BlobTree:
         try:
             fd = self._os.open(path, os.O_RDONLY)
             try:
-                length = self._os.read_into(fd, page, 0)
+                length = 0
+                while count := self._os.read_into(fd, page[length:], length):
+                    length += count
             finally:
                 self._os.close(fd)
         except OSError as error:
@@ -413,7 +418,7 @@ class BlobTree:
         try:
             found = self._os.scan(path)
         except OSError as error:
-            if is_absence(error):
+            if is_missing(error):
                 return []
             raise translate(error, doing="list", path=path) from error
         return [
@@ -440,9 +445,11 @@ class BlobTree:
         """Try whether this root takes O_DIRECT at our alignment, as configured."""
         if self._config.direct_io == "off" or self._config.read_only:
             return False
-        path = f"{self._layout.tmp}/{self.writer}.probe"
+        directory = self._layout.temporary(self.writer)
+        path = f"{directory}/probe"
         page = memoryview(mmap.mmap(-1, ALIGN_BYTES))
         try:
+            self.root.ensure_directory(directory)
             fd = self._os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT, FILE_MODE)
             try:
                 works = (
@@ -454,8 +461,10 @@ class BlobTree:
         except OSError:
             works = False
         finally:
+            # Who only reads leaves no trace.
             with contextlib.suppress(OSError):
                 self._os.unlink(path)
+                self._os.remove_directory(directory)
         if self._config.direct_io == "on" and not works:
             raise InvalidError(
                 f"direct_io is 'on', but {self.root.path} refuses O_DIRECT: use 'auto' or 'off'"

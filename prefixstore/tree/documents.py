@@ -5,6 +5,7 @@ missing), so that a reader on any host sees all of it or nothing.
 """
 
 import contextlib
+import errno
 import os
 import uuid
 from typing import TypeVar
@@ -13,12 +14,15 @@ import msgspec
 
 from prefixstore.config import DOCUMENT_BYTES_MAX
 from prefixstore.errors import InvalidError
-from prefixstore.tree.osfs import Os
-from prefixstore.tree.trouble import is_absence, lacks_links, translate
+from prefixstore.tree.osfs import Os, write_whole
+from prefixstore.tree.trouble import is_absence, is_missing, lacks_links, translate
 
 __all__ = ["ensure_directory", "put_document", "read_document", "replace_document"]
 
 T = TypeVar("T")
+
+ATTEMPTS = 3
+"""To read a document that other hosts replace; nobody replaces one that often."""
 
 
 def read_document(path: str, kind: type[T], *, os_calls: Os) -> T | None:
@@ -28,15 +32,12 @@ def read_document(path: str, kind: type[T], *, os_calls: Os) -> T | None:
         InvalidError: It is too long, not JSON, or not of this kind.
         UnavailableError: It cannot be read now.
     """
-    try:
-        content = _read(path, os_calls=os_calls)
-    except OSError as error:
-        if is_absence(error):
-            return None
-        raise translate(error, doing="read", path=path) from error
+    content = _read_current(path, os_calls=os_calls)
+    if content is None:
+        return None
     try:
         return msgspec.json.decode(content, type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidError(
             f"{path} is not a valid {kind.__name__} ({error}); restore it from a copy, or remove it "
             "if you know that nothing needs it"
@@ -44,12 +45,22 @@ def read_document(path: str, kind: type[T], *, os_calls: Os) -> T | None:
 
 
 def put_document(path: str, document: msgspec.Struct, *, os_calls: Os) -> None:
-    """Write a document unless one is there already: then leave that one alone. Durable on return."""
+    """Write a document unless one is there already: then leave that one alone. Durable on return.
+
+    Raises:
+        InvalidError: It is longer than any reader accepts.
+        FullError, UnavailableError: It cannot be written.
+    """
     _write(path, document, os_calls=os_calls, replace=False)
 
 
 def replace_document(path: str, document: msgspec.Struct, *, os_calls: Os) -> None:
-    """Write a document in the place of any that is there. Durable on return."""
+    """Write a document in the place of any that is there. Durable on return.
+
+    Raises:
+        InvalidError: It is longer than any reader accepts; the one that is there stays.
+        FullError, UnavailableError: It cannot be written.
+    """
     _write(path, document, os_calls=os_calls, replace=True)
 
 
@@ -79,8 +90,30 @@ def ensure_directory(path: str, *, os_calls: Os, mode: int | None = None) -> Non
         os_calls.set_mode(path, mode)
 
 
-def _read(path: str, *, os_calls: Os) -> bytes:
-    fd = os_calls.open(path, os.O_RDONLY)
+def _read_current(path: str, *, os_calls: Os) -> bytes | None:
+    """Read a document; None only if its name is not there.
+
+    On shared filesystems, a document that another host replaces can vanish between its opening and its
+    reading, as ENOENT or ESTALE. Taken for missing, a replaced pin would keep nothing: look again.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            fd = os_calls.open(path, os.O_RDONLY)
+        except OSError as error:
+            if is_missing(error):
+                return None
+            failure = error
+        else:
+            try:
+                return _read(fd, path, os_calls=os_calls)
+            except OSError as error:
+                failure = error
+        if not is_absence(failure) or attempt + 1 == ATTEMPTS:
+            raise translate(failure, doing="read", path=path) from failure
+    raise AssertionError("the last attempt returned or raised")
+
+
+def _read(fd: int, path: str, *, os_calls: Os) -> bytes:
     try:
         size = os_calls.stat_open(fd).size_bytes
         if size > DOCUMENT_BYTES_MAX:
@@ -89,22 +122,30 @@ def _read(path: str, *, os_calls: Os) -> bytes:
             )
         content = memoryview(bytearray(size))
         done = 0
-        while done < size and (count := os_calls.read_into(fd, content[done:], done)):
+        while done < size:
+            count = os_calls.read_into(fd, content[done:], done)
+            if not count:
+                # Documents never shrink: the client's idea of the file is stale.
+                raise OSError(errno.EIO, f"read {done} of {size} bytes")
             done += count
-        return bytes(content[:done])
+        return bytes(content)
     finally:
-        os_calls.close(fd)
+        with contextlib.suppress(OSError):  # Nothing was written: closing can lose nothing.
+            os_calls.close(fd)
 
 
 def _write(path: str, document: msgspec.Struct, *, os_calls: Os, replace: bool) -> None:
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     content = memoryview(msgspec.json.format(msgspec.json.encode(document), indent=2))
+    if len(content) > DOCUMENT_BYTES_MAX:
+        raise InvalidError(
+            f"{path} would have {len(content)} bytes, at most {DOCUMENT_BYTES_MAX} are read: "
+            "divide what it holds"
+        )
     try:
         fd = os_calls.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
-            done = 0
-            while done < len(content):
-                done += os_calls.write_from(fd, content[done:], done)
+            write_whole(os_calls, fd, content)
             os_calls.sync_data(fd)
         finally:
             os_calls.close(fd)

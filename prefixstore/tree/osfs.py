@@ -6,11 +6,12 @@ The methods are thin: plain values in and out, paths as strings, errors as ``OSE
 Nothing here retries, interprets an error or keeps state.
 """
 
+import errno
 import os
 import stat as stat_bits
 from typing import NamedTuple, Protocol
 
-__all__ = ["FILE_MODE", "GROUP_FILE_MODE", "Entry", "Os", "RealOs", "Space", "Stat"]
+__all__ = ["FILE_MODE", "GROUP_FILE_MODE", "Entry", "Os", "RealOs", "Space", "Stat", "write_whole"]
 
 FILE_MODE = 0o644
 """What a writer gives its files, less the umask: readable by every engine, written by its own user."""
@@ -116,7 +117,7 @@ class Os(Protocol):
         ...
 
     def touch(self, path: str) -> None:
-        """Set a file's times to the file server's now; needs write permission only."""
+        """Set a file's times to the file server's now; needs write permission only. Follows no link."""
         ...
 
     def set_mode(self, path: str, mode: int) -> None:
@@ -197,7 +198,7 @@ class RealOs:
 
     def touch(self, path: str) -> None:
         """Call utimensat without times."""
-        os.utime(path)
+        os.utime(path, follow_symlinks=False)
 
     def set_mode(self, path: str, mode: int) -> None:
         """Call chmod."""
@@ -211,6 +212,19 @@ class RealOs:
             free_bytes=info.f_frsize * info.f_bavail,
             free_files=info.f_favail,
         )
+
+
+def write_whole(os_calls: Os, fd: int, source: memoryview) -> None:
+    """Write all of ``source`` from the start of a file, however often the system cuts it short.
+
+    A full disk first shows as a short write; the next call then says so.
+    """
+    done = 0
+    while done < len(source):
+        count = os_calls.write_from(fd, source[done:], done)
+        if count <= 0:
+            raise OSError(errno.EIO, f"wrote {count} of {len(source) - done} bytes")
+        done += count
 
 
 def _stat(info: os.stat_result) -> Stat:

@@ -10,7 +10,7 @@ from prefixstore.keys import Key, NamespaceId, key_from_hex
 from prefixstore.tree.documents import read_document, replace_document
 from prefixstore.tree.paths import is_namespace, is_pin_name
 from prefixstore.tree.root import Root
-from prefixstore.tree.trouble import is_absence, translate
+from prefixstore.tree.trouble import is_missing, translate
 
 __all__ = ["Pin", "Pins"]
 
@@ -84,7 +84,7 @@ class Pins:
         try:
             self._os.unlink(path)
         except OSError as error:
-            if is_absence(error):
+            if is_missing(error):
                 return False
             raise translate(error, doing="remove", path=path) from error
         return True
@@ -115,7 +115,7 @@ class Pins:
         try:
             entries = self._os.scan(path)
         except OSError as error:
-            if is_absence(error):
+            if is_missing(error):
                 return []
             raise translate(error, doing="list", path=path) from error
         names = (e.name.removesuffix(SUFFIX) for e in entries if e.name.endswith(SUFFIX))

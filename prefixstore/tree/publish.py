@@ -16,15 +16,20 @@ it torn, and the next store of the key replaces it.
 """
 
 import contextlib
+import errno
 import itertools
 import os
+from typing import TypeAlias
 
 from prefixstore.config import Durability
-from prefixstore.tree.osfs import FILE_MODE, GROUP_FILE_MODE
+from prefixstore.tree.osfs import FILE_MODE, GROUP_FILE_MODE, write_whole
 from prefixstore.tree.root import Root
 from prefixstore.tree.trouble import lacks_links
 
 __all__ = ["Publisher"]
+
+Identity: TypeAlias = tuple[int, int]
+"""Device and inode."""
 
 ATTEMPTS = 3
 """To name a file: once for a directory that is not there yet, once for links that are not, and once."""
@@ -62,14 +67,15 @@ class Publisher:
         try:
             fd = self._create(temporary)
             try:
-                self._write_all(fd, image)
+                write_whole(self._os, fd, image)
                 if self._durability is not Durability.NONE:
                     self._os.sync_data(fd)
+                identity = self._identity(fd, length=len(image))
             finally:
                 self._os.close(fd)
             if self._root.group_shared:
                 self._os.set_mode(temporary, GROUP_FILE_MODE)
-            published = self._publish(temporary, path, replace=replace)
+            published = self._publish(temporary, path, identity=identity, replace=replace)
         finally:
             # Also the name that a link left behind, and that a rename took away.
             with contextlib.suppress(OSError):
@@ -86,29 +92,33 @@ class Publisher:
             self._root.ensure_directory(self._temporary)
             return self._os.open(temporary, flags, FILE_MODE)
 
-    def _write_all(self, fd: int, image: memoryview) -> None:
-        done = 0
-        while done < len(image):
-            # A full disk first shows as a short write; the next call then says so.
-            done += self._os.write_from(fd, image[done:], done)
+    def _identity(self, fd: int, *, length: int) -> Identity:
+        """Return what tells this file from any other, after a look at its length."""
+        found = self._os.stat_open(fd)
+        if found.size_bytes != length:
+            raise OSError(errno.EIO, f"{found.size_bytes} bytes on disk after writing {length}")
+        return found.device, found.inode
 
-    def _publish(self, temporary: str, path: str, *, replace: bool) -> bool:
-        """Give a complete file its name, unless a sound blob has it. Returns whether it did."""
+    def _publish(self, temporary: str, path: str, *, identity: Identity, replace: bool) -> bool:
+        """Give a complete file its name, unless a sound blob has it. Returns whether it did.
+
+        A server that did what it was asked and lost its answer is asked again, and reports that the
+        name exists, or is gone, or something else. So look who has the name before believing an error.
+        """
         for attempt in range(ATTEMPTS):
             is_last = attempt + 1 == ATTEMPTS
             try:
                 return self._name(temporary, path, replace=replace)
             except FileExistsError:
-                return self._is_ours(temporary, path)
+                return self._is_ours(path, identity)
             except FileNotFoundError:
-                # A server that renamed and lost its answer reports the name it took away.
-                if self._is_there(path):
+                if self._is_ours(path, identity):
                     return True
                 if is_last:
                     raise
                 self._make_directory(path.rpartition("/")[0])
             except OSError as error:
-                if self._is_ours(temporary, path):
+                if self._is_ours(path, identity):
                     return True
                 if is_last or not (self._has_links and lacks_links(error)):
                     raise
@@ -138,13 +148,13 @@ class Publisher:
             return False
         return True
 
-    def _is_ours(self, temporary: str, path: str) -> bool:
-        """Whether the published file is the temporary one: a repeated request failed by its success."""
+    def _is_ours(self, path: str, identity: Identity) -> bool:
+        """Whether the published file is the one written here: a request failed by its success."""
         try:
-            ours, theirs = self._os.stat(temporary), self._os.stat(path)
+            found = self._os.stat(path)
         except OSError:
             return False
-        return (ours.device, ours.inode) == (theirs.device, theirs.inode)
+        return (found.device, found.inode) == identity
 
     def _sync_directory(self, path: str) -> None:
         fd = self._os.open(path, os.O_RDONLY | os.O_DIRECTORY)

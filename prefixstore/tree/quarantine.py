@@ -5,6 +5,7 @@ store of its key finds the place free. The oldest go first when the quarantine i
 are safe for several hosts at once: each rename and unlink is of one name, and a lost race is no error.
 """
 
+import contextlib
 import re
 import uuid
 
@@ -13,7 +14,7 @@ from prefixstore.keys import Key, NamespaceId
 from prefixstore.tree.osfs import Stat
 from prefixstore.tree.paths import BLOB_SUFFIX
 from prefixstore.tree.root import Root
-from prefixstore.tree.trouble import is_absence, translate
+from prefixstore.tree.trouble import is_absence, is_missing, translate
 
 __all__ = ["Quarantine"]
 
@@ -40,7 +41,12 @@ class Quarantine:
         directory = self._root.layout.quarantine
         target = f"{directory}/{reason}.{uuid.uuid4().hex[:8]}.{key.hex()}{BLOB_SUFFIX}"
         try:
-            self._os.rename(source, target)
+            try:
+                self._os.rename(source, target)
+            except FileNotFoundError:
+                # The quarantine itself may be gone: an operator emptied it by removing it.
+                self._root.ensure_directory(directory)
+                self._os.rename(source, target)
         except OSError as error:
             if is_absence(error):
                 return False
@@ -53,11 +59,14 @@ class Quarantine:
         path = self._root.layout.quarantine
         try:
             names = [e.name for e in self._os.scan(path) if e.is_file and _NAME.fullmatch(e.name)]
-            found = [(name, self._os.stat(f"{path}/{name}")) for name in names]
         except OSError as error:
-            if is_absence(error):
+            if is_missing(error):
                 return []
             raise translate(error, doing="list", path=path) from error
+        found: list[tuple[str, Stat]] = []
+        for name in names:
+            with contextlib.suppress(OSError):  # Another host trims, too.
+                found.append((name, self._os.stat(f"{path}/{name}")))
         return sorted(found, key=lambda item: item[1].modified_s)
 
     def _trim(self) -> None:

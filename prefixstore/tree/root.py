@@ -16,12 +16,12 @@ from typing import Self
 
 import msgspec
 
-from prefixstore.errors import InvalidError
+from prefixstore.errors import InvalidError, UnavailableError
 from prefixstore.keys import Fields, NamespaceId, namespace_id
 from prefixstore.tree.documents import ensure_directory, put_document, read_document
 from prefixstore.tree.osfs import FILE_MODE, Os, RealOs
 from prefixstore.tree.paths import Layout, is_namespace
-from prefixstore.tree.trouble import is_absence, translate
+from prefixstore.tree.trouble import is_missing, translate
 
 __all__ = ["FORMAT", "Manifest", "Root", "RootDocument", "diff_fields"]
 
@@ -157,9 +157,10 @@ class Root:
             path = self.layout.manifest(identity)
             put_document(path, Manifest(fields=wanted), os_calls=self.os_calls)
             manifest = self.manifest(identity)
-        if manifest is None or not _is_same(manifest.fields, wanted):
-            found = manifest.fields if manifest is not None else {}
-            lines = "; ".join(diff_fields(found, wanted))
+            if manifest is None:
+                raise UnavailableError(f"{path} was written and is not there: look at the mount")
+        if not _is_same(manifest.fields, wanted):
+            lines = "; ".join(diff_fields(manifest.fields, wanted))
             raise InvalidError(
                 f"{self.layout.manifest(identity)} belongs to another namespace ({lines}): it was "
                 "changed by hand or damaged. Remove its directory; what it holds is computed again"
@@ -179,7 +180,7 @@ class Root:
         try:
             entries = self.os_calls.scan(self.layout.namespaces)
         except OSError as error:
-            if is_absence(error):
+            if is_missing(error):
                 return
             raise translate(error, doing="list", path=self.layout.namespaces) from error
         for name in sorted(entry.name for entry in entries if entry.is_directory):

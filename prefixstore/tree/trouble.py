@@ -4,9 +4,10 @@ import errno
 
 from prefixstore.errors import FullError, PrefixStoreError, UnavailableError
 
-__all__ = ["is_absence", "is_full", "lacks_links", "translate"]
+__all__ = ["is_absence", "is_full", "is_missing", "lacks_links", "translate"]
 
-_ABSENT = frozenset({errno.ENOENT, errno.ESTALE, errno.ENOTDIR})
+_MISSING = frozenset({errno.ENOENT, errno.ENOTDIR})
+_ABSENT = _MISSING | {errno.ESTALE}
 """ESTALE: the server forgot the file under our handle, since another host removed it."""
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NO_LINKS = frozenset(
@@ -30,8 +31,17 @@ _ADVICE = {
 
 
 def is_absence(error: OSError) -> bool:
-    """Whether an error, from any call on a file, says that the file is not there."""
+    """Whether an error, from any call on a blob, says that the blob is not there."""
     return error.errno in _ABSENT
+
+
+def is_missing(error: OSError) -> bool:
+    """Whether an error says that a name is not there: for what must not be taken for missing lightly.
+
+    ESTALE does not: a directory's handle goes stale when its server restarts, and a document's when
+    another host replaces it.
+    """
+    return error.errno in _MISSING
 
 
 def is_full(error: OSError) -> bool:

@@ -22,7 +22,7 @@ from prefixstore.errors import InvalidError, PrefixStoreError
 from prefixstore.tree.documents import put_document, read_document
 from prefixstore.tree.paths import is_writer
 from prefixstore.tree.root import Root
-from prefixstore.tree.trouble import is_absence, translate
+from prefixstore.tree.trouble import is_missing, translate
 
 __all__ = ["WriterDocument", "Writers", "this_process"]
 
@@ -93,8 +93,10 @@ class Writers:
 
     def known(self) -> dict[str, WriterDocument | None]:
         """Return all writers with their documents; None for one whose document is missing or bad."""
-        names = {name.removesuffix(".json") for name in self._names(self._root.layout.writers)}
-        names |= set(self._names(self._root.layout.tmp))
+        layout = self._root.layout
+        files = self._names(layout.writers, directories=False)
+        names = {name.removesuffix(".json") for name in files if name.endswith(".json")}
+        names |= set(self._names(layout.tmp, directories=True))
         found: dict[str, WriterDocument | None] = {}
         for name in sorted(filter(is_writer, names)):
             try:
@@ -145,23 +147,26 @@ class Writers:
         """Remove a writer's temporary files, its directory and its document; returns the files."""
         directory = self._root.layout.temporary(writer)
         files = 0
-        for name in self._names(directory):
-            with contextlib.suppress(OSError):
-                self._os.unlink(f"{directory}/{name}")
-                files += 1
+        if writer in self._names(self._root.layout.tmp, directories=True):
+            for name in self._names(directory, directories=False):
+                with contextlib.suppress(OSError):
+                    self._os.unlink(f"{directory}/{name}")
+                    files += 1
         with contextlib.suppress(OSError):
             self._os.remove_directory(directory)
         with contextlib.suppress(OSError):
             self._os.unlink(self._root.layout.writer(writer))
         return files
 
-    def _names(self, path: str) -> list[str]:
+    def _names(self, path: str, *, directories: bool) -> list[str]:
+        """Return the names of directories, or of files; a link that leads elsewhere is neither."""
         try:
-            return [entry.name for entry in self._os.scan(path)]
+            entries = self._os.scan(path)
         except OSError as error:
-            if is_absence(error):
+            if is_missing(error):
                 return []
             raise translate(error, doing="list", path=path) from error
+        return [e.name for e in entries if (e.is_directory if directories else e.is_file)]
 
 
 def _boot_id() -> str:

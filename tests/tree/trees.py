@@ -1,0 +1,88 @@
+"""Roots, trees and chunks for the tests of the tree."""
+
+import hashlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prefixstore.config import Codec, StoreConfig
+from prefixstore.keys import Key, NamespaceId, make_key
+from prefixstore.testing.quick import QuickOs
+from prefixstore.tree.blobs import BlobTree, ChunkHead, Miss, Stored
+from prefixstore.tree.buffer import Buffer
+from prefixstore.tree.osfs import Os
+from prefixstore.tree.root import Root
+from prefixstore.tree.writers import Writers, this_process
+from tests.blob.samples import bfloat16_noise
+
+FIELDS = {"model": "tiny", "dtype": "bfloat16", "layout": {"blocks": 2, "heads": [1, 2]}}
+RAW_BYTES = 20_000
+"""Five pages: a short write has somewhere to end."""
+
+_NOISE = bfloat16_noise(RAW_BYTES // 2)
+
+
+def key_of(name: str) -> Key:
+    return make_key(hashlib.sha256(name.encode()).digest() + bytes(4))
+
+
+def payload_of(key: Key, raw_bytes: int = RAW_BYTES) -> bytes:
+    """The one payload that belongs to a key: compressible, and with the key in it."""
+    noise = _NOISE * (raw_bytes // RAW_BYTES + 1)
+    return (key * 8 + noise)[:raw_bytes]
+
+
+@dataclass
+class Fixture:
+    """One root as one process sees it."""
+
+    path: str
+    os_calls: Os = field(default_factory=QuickOs)
+    options: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        config = StoreConfig.from_mapping({"direct_io": "off"} | self.options)
+        self.root = Root.create(self.path, os_calls=self.os_calls, group_shared=config.group_shared)
+        self.namespace: NamespaceId = self.root.namespace(FIELDS, create=True)
+        self.tree = BlobTree(self.root, config=config)
+        self.writers = Writers(self.root, this=this_process())
+
+    def store(self, key: Key, *, codec: Codec = Codec.RAW, raw_bytes: int = RAW_BYTES) -> Stored:
+        buffer = Buffer.allocate(raw_bytes)
+        buffer.payload(raw_bytes)[:] = payload_of(key, raw_bytes)
+        head = ChunkHead(key=key, parent=None, end_token=16, codec=codec)
+        return self.tree.store(self.namespace, head, buffer, raw_bytes=raw_bytes)
+
+    def load(self, key: Key, *, raw_bytes: int = RAW_BYTES) -> bytes | str:
+        """Return a blob's payload, or the reason of the miss."""
+        buffer = Buffer.allocate(raw_bytes)
+        buffer.image[:] = b"\xee" * len(buffer.image)
+        found = self.tree.load(self.namespace, key, buffer, raw_bytes=raw_bytes)
+        return str(found.reason) if isinstance(found, Miss) else bytes(buffer.payload(raw_bytes))
+
+    def file_of(self, key: Key) -> Path:
+        return Path(self.root.layout.blob(self.namespace, key))
+
+    def temporaries(self) -> list[str]:
+        """Return every file of any writer that is not published."""
+        return sorted(str(path) for path in Path(self.root.layout.tmp).rglob("*") if path.is_file())
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Run ``work`` in a forked child; return its exit status, negative for a signal."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+KILLED = -signal.SIGKILL
