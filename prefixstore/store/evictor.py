@@ -193,7 +193,7 @@ class Evictor:
         self._hints.remove_many(namespace, [key])
         # A crash here leaves a blob without a row: found again by probing and by the next scan.
         try:
-            self._tree.unlink(namespace, key)
+            was_there = self._tree.unlink(namespace, key)
         except PrefixStoreError as error:
             # Still there, so still counted.
             if record is not None:
@@ -202,6 +202,9 @@ class Evictor:
             return
         if namespace == self._namespace:
             self._present.forget((key,))
+        if not was_there:
+            run.kept["gone"] += 1
+            return
         run.evicted_chunks += 1
         run.freed_bytes += size
         self._counters.add(evicted=1, evicted_bytes=size)

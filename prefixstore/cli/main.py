@@ -1,0 +1,106 @@
+"""The command ``prefixstore``: one verb a module, imported when it is asked for.
+
+A verb is a click command in ``prefixstore.cli.<verb>`` and one line of ``VERBS``. Errors of the store
+end as one message on stderr, never as a traceback, and as an exit code:
+
+    0   done, nothing found wrong
+    1   findings (``verify``), or the operation failed
+    2   the command line, an option or the path given as ROOT is wrong
+    130 interrupted
+"""
+
+import importlib
+import os
+import sys
+
+import click
+
+from prefixstore import __version__
+from prefixstore.errors import InvalidError, PrefixStoreError
+
+__all__ = ["EXIT_FAILED", "EXIT_USAGE", "VERBS", "cli", "main", "run"]
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+VERBS = {
+    "gc": "Evict what was not used for longest, down to a size.",
+    "init": "Create an empty store.",
+    "ls": "List namespaces, or the chunks of one.",
+    "rm": "Remove a namespace, single chunks or old ones.",
+    "serve": "Run vLLM's API server with a store.",
+    "stats": "Show how much is stored, by namespace.",
+    "verify": "Check the bytes of every blob.",
+}
+"""Verbs with their line in ``--help``; here, so that showing help imports no verb."""
+
+
+class _LazyGroup(click.Group):
+    """A group that imports a verb's module when the verb is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        """Return the verbs in the order in which help shows them."""
+        return sorted(VERBS)
+
+    def get_command(
+        self,
+        ctx: click.Context,  # noqa: ARG002 - click's signature
+        cmd_name: str,
+    ) -> click.Command | None:
+        """Import one verb; None when there is no such verb."""
+        if cmd_name not in VERBS:
+            return None
+        command = importlib.import_module(f"prefixstore.cli.{cmd_name}").command
+        assert isinstance(command, click.Command), f"{cmd_name} has no command"
+        return command
+
+    def format_commands(
+        self,
+        ctx: click.Context,  # noqa: ARG002 - click's signature
+        formatter: click.HelpFormatter,
+    ) -> None:
+        """Write the list of verbs without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(VERBS.items()))
+
+
+@click.group(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: prefixstore init /mnt/kv && prefixstore stats /mnt/kv",
+)
+@click.version_option(__version__, prog_name="prefixstore")
+def cli() -> None:
+    """Look after a prefix cache on a (shared) filesystem."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave the process with its exit code."""
+    try:
+        code = run(arguments)
+    except BrokenPipeError:
+        # The reader of our output has left; closing stdout again must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_FAILED
+    sys.exit(code)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line; return its exit code, and tell errors on stderr."""
+    try:
+        result = cli.main(arguments, prog_name="prefixstore", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        click.echo("Aborted: nothing was changed.", err=True)
+        return EXIT_FAILED
+    except PrefixStoreError as error:
+        # An OSError's own text begins with "[Errno 2]", which the message says in words.
+        click.echo(f"Error: {getattr(error, 'strerror', None) or error}", err=True)
+        return EXIT_USAGE if isinstance(error, InvalidError) else EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return result if isinstance(result, int) else 0

@@ -1,0 +1,122 @@
+"""What several verbs share: the ROOT argument, options, types of values, opening the store.
+
+The environment is read here and nowhere below: the index's directory comes from ``XDG_CACHE_HOME`` or
+``HOME`` unless ``--index-dir`` names one.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from prefixstore.cli.units import parse_age, parse_size
+from prefixstore.errors import InvalidError
+
+if TYPE_CHECKING:
+    from prefixstore.store import PrefixStore
+
+__all__ = [
+    "AGE",
+    "INDEX_DIR",
+    "JSON",
+    "ROOT",
+    "ROOT_OPTION",
+    "SIZE",
+    "YES",
+    "confirm",
+    "note",
+    "open_store",
+]
+
+
+class _Quantity(click.ParamType[float]):
+    """A number with a unit, read by one of the functions of ``units``."""
+
+    def __init__(self, name: str, parse: Callable[[str], float]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Read the text; what cannot be read is a usage error that names the option."""
+        if not isinstance(value, str):
+            return float(value)
+        try:
+            return self._parse(value)
+        except InvalidError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _AbsolutePath(click.ParamType[str]):
+    """A path, made absolute against the current directory; links stay as they are."""
+
+    name = "path"
+
+    def convert(
+        self,
+        value: Any,
+        param: click.Parameter | None,  # noqa: ARG002 - click's signature
+        ctx: click.Context | None,  # noqa: ARG002 - click's signature
+    ) -> str:
+        """Return the absolute path."""
+        # Not resolve(): it follows links and asks the filesystem, which may hang.
+        return os.path.abspath(Path(str(value)).expanduser())  # noqa: PTH100 - see above
+
+
+SIZE = _Quantity("size", parse_size)
+AGE = _Quantity("age", parse_age)
+ROOT = click.argument("root", type=_AbsolutePath())
+ROOT_OPTION = click.option("--root", required=True, type=_AbsolutePath(), help="The root's path.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+YES = click.option("--yes", is_flag=True, help="Do it without asking.")
+INDEX_DIR = click.option(
+    "--index-dir",
+    type=_AbsolutePath(),
+    metavar="DIR",
+    help="Directory of this host's index, on a local disk. Default: under the user's cache directory.",
+)
+
+
+def open_store(
+    root: str, *, index_dir: str | None = None, read_only: bool = False
+) -> "PrefixStore":
+    """Open a root for a verb: no namespace, this host's index if there can be one.
+
+    Raises:
+        InvalidError: ``root`` is no root, or ``index_dir`` must not hold an index.
+        UnavailableError: The root cannot be reached.
+    """
+    from prefixstore.config import StoreConfig
+    from prefixstore.index.place import default_index_dir
+    from prefixstore.store import PrefixStore
+
+    if index_dir is not None:
+        config = StoreConfig(index_dir=index_dir, read_only=read_only)
+        return PrefixStore.open(root, config=config, create=False)
+    try:
+        config = StoreConfig(index_dir=str(default_index_dir(os.environ)), read_only=read_only)
+        return PrefixStore.open(root, config=config, create=False)
+    except InvalidError:
+        # A home on a network filesystem, or none, is no fault of this command line: everything the
+        # verbs need can be read from the tree. A root that is none is refused again by this opening.
+        return PrefixStore.open(root, config=StoreConfig(read_only=read_only), create=False)
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask before something is destroyed; ``--yes`` answers for scripts.
+
+    Raises:
+        click.Abort: The answer was no, or there is nobody to ask.
+    """
+    if not yes:
+        click.confirm(question, abort=True, err=True)
+
+
+def note(text: str) -> None:
+    """Say on a terminal what takes a while; scripts are spared."""
+    if sys.stderr.isatty():
+        click.echo(text, err=True)

@@ -1,0 +1,80 @@
+"""``prefixstore stats``: what a root holds."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from prefixstore.cli.options import INDEX_DIR, JSON, ROOT, note, open_store
+from prefixstore.cli.render import echo_json, echo_table
+from prefixstore.cli.units import format_size
+
+if TYPE_CHECKING:
+    from prefixstore.ops.report import RootReport
+
+__all__ = ["command"]
+
+
+@click.command("stats", epilog="Example: prefixstore stats /mnt/kv --json | jq .file_bytes")
+@ROOT
+@INDEX_DIR
+@JSON
+def command(root: str, *, index_dir: str | None, as_json: bool) -> int:
+    """Show what ROOT holds, by namespace. Scans it: a million chunks take about half a minute."""
+    from prefixstore.cli.main import EXIT_FAILED
+    from prefixstore.ops.report import report
+
+    with open_store(root, index_dir=index_dir, read_only=True) as store:
+        note(f"Scanning {root} ...")
+        found = report(store)
+    if as_json:
+        echo_json(found)
+    else:
+        _echo(found)
+    for error in found.errors:
+        click.echo(f"Warning: not everything is counted: {error}", err=True)
+    return EXIT_FAILED if found.errors else 0
+
+
+def _echo(found: "RootReport") -> None:
+    saved = found.raw_bytes - found.file_bytes
+    lines = [
+        ("root", found.root),
+        ("store id", found.store_id),
+        ("chunks", f"{found.chunks}"),
+        (
+            "size",
+            f"{format_size(found.file_bytes)} ({_share(found.file_bytes, found.total_bytes)})",
+        ),
+        ("compression", f"saves {format_size(saved)}" if saved > 0 else "saves nothing"),
+        ("free space", f"{format_size(found.free_bytes)} of {format_size(found.total_bytes)}"),
+        ("pins", ", ".join(f"{name} ({n})" for name, n in found.pins.items()) or "none"),
+        ("writers", f"{found.writers}"),
+        ("quarantine", _files(found.quarantine_files, found.quarantine_bytes)),
+    ]
+    if found.torn_files:
+        lines.append(("torn files", f"{found.torn_files}: see `prefixstore verify {found.root}`"))
+    for name, value in lines:
+        click.echo(f"{name:12}{value}")
+    if found.namespaces:
+        click.echo()
+        echo_table(
+            ("namespace", "chunks", "size", "share"),
+            [
+                (
+                    line.namespace,
+                    f"{line.chunks}",
+                    format_size(line.file_bytes),
+                    _share(line.file_bytes, found.file_bytes),
+                )
+                for line in found.namespaces
+            ],
+            right=frozenset({1, 2, 3}),
+        )
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "0.0%"
+
+
+def _files(files: int, size_bytes: int) -> str:
+    return f"{files} files, {format_size(size_bytes)}" if files else "empty"
