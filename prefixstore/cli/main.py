@@ -94,13 +94,14 @@ def run(arguments: list[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except click.Abort:
+    except click.Abort as abort:
+        if isinstance(abort.__cause__, KeyboardInterrupt):
+            click.echo("Interrupted: what is done stays done; run it again for the rest.", err=True)
+            return EXIT_INTERRUPTED
         click.echo("Aborted: nothing was changed.", err=True)
         return EXIT_FAILED
     except PrefixStoreError as error:
         # An OSError's own text begins with "[Errno 2]", which the message says in words.
         click.echo(f"Error: {getattr(error, 'strerror', None) or error}", err=True)
         return EXIT_USAGE if isinstance(error, InvalidError) else EXIT_FAILED
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
     return result if isinstance(result, int) else 0
