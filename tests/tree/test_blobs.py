@@ -220,8 +220,9 @@ def test_what_is_no_file_is_replaced_and_not_followed(here, make):
 
 @pytest.mark.parametrize("codec", Codec)
 @pytest.mark.parametrize("seed", range(2))
-def test_a_mutated_file_gives_the_stored_bytes_or_none(here, codec, seed):
+def test_a_mutated_file_gives_the_stored_bytes_or_none(quick_path, codec, seed):
     """Flip, zero, cut, lengthen, swap pages: never other bytes, never an exception."""
+    here = Fixture(str(quick_path / "root"))
     source = random.Random(seed)
     here.store(KEY, codec=codec)
     path, wanted = here.file_of(KEY), payload_of(KEY)

@@ -121,9 +121,9 @@ class Sweep:
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_a_store_that_is_killed_leaves_the_blob_or_nothing(tmp_path, name):
+def test_a_store_that_is_killed_leaves_the_blob_or_nothing(quick_path, name):
     """SIGKILL at each call, and in the middle of each write."""
-    sweep = Sweep(tmp_path, name)
+    sweep = Sweep(quick_path, name)
     seen = set()
     for call in sweep.calls():
         for fault in faults_of(call.name):
@@ -143,9 +143,9 @@ def test_a_store_that_is_killed_leaves_the_blob_or_nothing(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_a_store_that_fails_says_so_and_leaves_the_blob_or_nothing(tmp_path, name):
+def test_a_store_that_fails_says_so_and_leaves_the_blob_or_nothing(quick_path, name):
     """Every errno at each call, answers that were lost, and writes that were cut short."""
-    sweep = Sweep(tmp_path, name)
+    sweep = Sweep(quick_path, name)
     for call in sweep.calls():
         for fault in faults_of(call.name):
             if isinstance(fault, Kill):
@@ -184,9 +184,9 @@ def fits(told: Stored | PrefixStoreError, fault: Fault) -> bool:
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_a_disk_that_fills_up_is_full_and_heals(tmp_path, name, error):
+def test_a_disk_that_fills_up_is_full_and_heals(quick_path, name, error):
     """A short write first, then refusals; nothing stays behind, and loads go on."""
-    sweep = Sweep(tmp_path, name)
+    sweep = Sweep(quick_path, name)
     writes = [call.number for call in sweep.calls() if call.name == "write_from"]
     assert writes
     for number in writes:
@@ -200,12 +200,12 @@ def test_a_disk_that_fills_up_is_full_and_heals(tmp_path, name, error):
 
 @pytest.mark.parametrize("codec", Codec)
 @pytest.mark.parametrize("direct_io", ["auto", "off"])
-def test_a_load_that_fails_is_a_miss_or_the_bytes(tmp_path, codec, direct_io):
+def test_a_load_that_fails_is_a_miss_or_the_bytes(quick_path, codec, direct_io):
     """Errors and short reads at each call of a load; none is raised, none brings other bytes."""
     options = {"direct_io": direct_io}
-    Fixture(str(tmp_path / "root"), options=options).store(OLD, codec=codec)
+    Fixture(str(quick_path / "root"), options=options).store(OLD, codec=codec)
     trace = FaultyOs(QuickOs())
-    here = Fixture(str(tmp_path / "root"), trace, options)
+    here = Fixture(str(quick_path / "root"), trace, options)
     trace.reset()
     here.load(OLD)
     outcomes: dict[str, set[object]] = {}
@@ -230,11 +230,11 @@ def test_a_load_that_fails_is_a_miss_or_the_bytes(tmp_path, codec, direct_io):
 @pytest.mark.parametrize("name", ["link", "rename"], ids=["with links", "without links"])
 @pytest.mark.parametrize("error", [errno.EIO, errno.EEXIST, errno.ENOENT, errno.ETIMEDOUT])
 @pytest.mark.parametrize("prepare", [leaf_exists, torn_final])
-def test_a_lost_answer_is_looked_into(tmp_path, name, error, prepare):
+def test_a_lost_answer_is_looked_into(quick_path, name, error, prepare):
     """The server did it, and the repeated request failed because it was done: that is a success."""
-    prepare(Fixture(str(tmp_path / "root")))
+    prepare(Fixture(str(quick_path / "root")))
     faulty = FaultyOs(QuickOs())
-    there = Fixture(str(tmp_path / "root"), faulty)
+    there = Fixture(str(quick_path / "root"), faulty)
     lost = When(name=name, nth=1, fault=Fail(error, after=True))
     faulty.reset([lost, NO_LINKS] if name == "rename" else [lost])
 
@@ -244,12 +244,12 @@ def test_a_lost_answer_is_looked_into(tmp_path, name, error, prepare):
     assert there.temporaries() == []
 
 
-def test_a_sound_blob_that_comes_first_wins(tmp_path):
+def test_a_sound_blob_that_comes_first_wins(quick_path):
     """Between the look and the link, another writer publishes the key."""
-    here = Fixture(str(tmp_path / "root"))
-    other = Fixture(str(tmp_path / "root"))
+    here = Fixture(str(quick_path / "root"))
+    other = Fixture(str(quick_path / "root"))
     trap = Trap(QuickOs(), "link", lambda: other.store(NEW))
-    late = Fixture(str(tmp_path / "root"), trap)
+    late = Fixture(str(quick_path / "root"), trap)
 
     assert late.store(NEW).existed
 
@@ -258,12 +258,12 @@ def test_a_sound_blob_that_comes_first_wins(tmp_path):
     assert here.temporaries() == []
 
 
-def test_a_torn_blob_that_comes_first_is_replaced(tmp_path):
+def test_a_torn_blob_that_comes_first_is_replaced(quick_path):
     """Between the look and the link, a name appears on a file that a power cut has emptied."""
-    here = Fixture(str(tmp_path / "root"))
+    here = Fixture(str(quick_path / "root"))
     leaf_exists(here)
     trap = Trap(QuickOs(), "link", lambda: here.file_of(NEW).touch())
-    late = Fixture(str(tmp_path / "root"), trap)
+    late = Fixture(str(quick_path / "root"), trap)
 
     assert not late.store(NEW).existed
 
@@ -271,12 +271,12 @@ def test_a_torn_blob_that_comes_first_is_replaced(tmp_path):
     assert here.load(NEW) == payload_of(NEW)
 
 
-def test_a_blob_that_comes_first_and_goes_again_is_stored(tmp_path):
+def test_a_blob_that_comes_first_and_goes_again_is_stored(quick_path):
     """Published by another and evicted at once: told as stored only because it is."""
-    here = Fixture(str(tmp_path / "root"))
+    here = Fixture(str(quick_path / "root"))
     leaf_exists(here)
     trap = Trap(QuickOs(), "link", lambda: here.store(NEW), then=lambda: here.file_of(NEW).unlink())
-    late = Fixture(str(tmp_path / "root"), trap)
+    late = Fixture(str(quick_path / "root"), trap)
 
     assert not late.store(NEW).existed
 
@@ -363,9 +363,9 @@ def faults_at_each_call(work: Callable[[Path, FaultyOs], None], base: Path) -> I
             shutil.rmtree(path)
 
 
-def test_making_a_root_can_fail_anywhere_and_be_repeated(tmp_path):
+def test_making_a_root_can_fail_anywhere_and_be_repeated(quick_path):
     """A second try finds a root, or makes it; a half-made one is never taken for a foreign directory."""
-    base = tmp_path / "base"
+    base = quick_path / "base"
     base.mkdir()
     count = 0
     for path in faults_at_each_call(make_root, base):
@@ -375,9 +375,9 @@ def test_making_a_root_can_fail_anywhere_and_be_repeated(tmp_path):
     assert count > 100
 
 
-def test_replacing_a_pin_can_fail_anywhere_and_keeps_one_of_the_two(tmp_path):
+def test_replacing_a_pin_can_fail_anywhere_and_keeps_one_of_the_two(quick_path):
     """A pin is never half written and never lost: what it keeps is somebody's system prompt."""
-    base = tmp_path / "base"
+    base = quick_path / "base"
     root = Root.create(str(base / "root"))
     Pins(root).write(a_pin(root, OLD))
     seen = set()
@@ -388,9 +388,9 @@ def test_replacing_a_pin_can_fail_anywhere_and_keeps_one_of_the_two(tmp_path):
     assert seen == {NEW, OLD}
 
 
-def test_quarantine_can_fail_anywhere_and_loses_no_other_blob(tmp_path):
+def test_quarantine_can_fail_anywhere_and_loses_no_other_blob(quick_path):
     """The damaged blob is here or there; sound ones stay."""
-    base = tmp_path / "base"
+    base = quick_path / "base"
     here = Fixture(str(base / "root"))
     here.store(OLD)
     here.store(NEW)
