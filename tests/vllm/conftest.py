@@ -1,6 +1,7 @@
 """What every engine test shares: the marker, the models, started engines, their logs on failure."""
 
-from collections.abc import Callable, Iterator
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,17 @@ import pytest
 
 from tests.vllm import models
 from tests.vllm.engine import Engine, EngineConfig, ForkServer, fork_server
+from tests.vllm.server import ApiServer
 
 HERE = Path(__file__).parent
 LOGS = pytest.StashKey[list[Path]]()
 
 StartEngine = Callable[..., Engine]
+StartServer = Callable[..., ApiServer]
+
+# Without the engine a plain `pytest` still runs everything else.
+if importlib.util.find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,6 +84,21 @@ def start_engine(
     yield start
     for engine in started:
         engine.kill()
+
+
+@pytest.fixture
+def start_server(new_log: Callable[[str], Path]) -> Iterator[StartServer]:
+    """Give a function that starts API servers; those still running at the test's end are killed."""
+    started: list[ApiServer] = []
+
+    def start(command: Sequence[str], **options: Any) -> ApiServer:
+        server = ApiServer.start(command, log=new_log("server"), **options)
+        started.append(server)
+        return server
+
+    yield start
+    for server in started:
+        server.kill()
 
 
 @pytest.fixture(scope="session")

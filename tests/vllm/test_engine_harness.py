@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.vllm import models
-from tests.vllm.conftest import StartEngine
+from tests.vllm.conftest import StartEngine, StartServer
 from tests.vllm.engine import EngineError
+from tests.vllm.server import vllm_command
 
 # Five full blocks of 128 tokens and a tail.
 DRAW = random.Random(7)
@@ -89,6 +90,18 @@ def test_a_start_that_fails_shows_the_reason(start_engine: StartEngine, tiny_lla
     """The exception of a failed start reaches the test."""
     with pytest.raises(EngineError, match="max_model_len"):
         start_engine(tiny_llama, llm={"max_model_len": 999_999})
+
+
+def test_the_api_server_streams_counts_and_stops(
+    start_server: StartServer, tiny_llama: Path
+) -> None:
+    """A served model tells its cached tokens, shows metrics, and ends in order when asked."""
+    server = start_server(vllm_command(tiny_llama, "--dtype", "float32"))
+    first, second = server.complete(PROMPT), server.complete(PROMPT)
+    assert (first.prompt_tokens, first.cached_tokens) == (700, 0)
+    assert (second.text, second.cached_tokens) == (first.text, 640)
+    assert server.metrics()["vllm:prefix_cache_hits_total"] == 640
+    assert server.stop() == 0
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3", "gpt-oss"])
