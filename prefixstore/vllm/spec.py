@@ -7,6 +7,7 @@ SIGKILL would leave all of ``cpu_bytes_to_use`` behind).
 """
 
 import contextlib
+import logging
 from pathlib import Path
 
 from typing_extensions import override
@@ -16,13 +17,20 @@ from vllm.v1.kv_offload.base import (
     OffloadingManager,
     OffloadingWorker,
 )
+from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
+from prefixstore.errors import InvalidError
 from prefixstore.vllm.layout import SlotLayout, Span, merge_spans
 from prefixstore.vllm.worker import HostCopyWorker
 
 __all__ = ["PrefixStoreSpec"]
+
+logger = logging.getLogger("prefixstore")
+
+FEW_SLOTS = 32
+"""Below this the CPU tier, not the store, decides what hits: 512 tokens in 16-token blocks."""
 
 
 class PrefixStoreSpec(TieringOffloadingSpec):
@@ -33,6 +41,23 @@ class PrefixStoreSpec(TieringOffloadingSpec):
     """
 
     slot_layout: SlotLayout | None = None
+
+    def __init__(self, config: OffloadingConfig) -> None:
+        super().__init__(config)
+        given = self.extra_config["cpu_bytes_to_use"]
+        if self.num_chunks < 1:
+            raise InvalidError(
+                f"cpu_bytes_to_use={given} holds no chunk: one takes {self.kv_bytes_per_chunk} bytes. "
+                "Set it to some hundred times that, and give /dev/shm as much (docker: --shm-size)"
+            )
+        if self.num_chunks < FEW_SLOTS:
+            logger.warning(
+                "cpu_bytes_to_use=%s holds only %d chunks of %d bytes: longer prefixes are loaded in "
+                "part. Raise it, and the room in /dev/shm with it (docker: --shm-size)",
+                given,
+                self.num_chunks,
+                self.kv_bytes_per_chunk,
+            )
 
     @override
     def get_manager(self) -> OffloadingManager:

@@ -424,6 +424,15 @@ def test_without_a_namespace_the_bare_tier_refuses(tmp_path):
         TieringOffloadingSpec(config).get_manager()
 
 
+def test_a_cpu_tier_without_room_for_a_chunk_is_refused(tmp_path):
+    """What would fail deep in vLLM is said in one sentence, with what to set."""
+    config = make_config(tmp_path / "root", slots=0, engine=f"empty-{os.getpid()}")
+    config.extra_config["cpu_bytes_to_use"] = CHUNK_BYTES - 1
+
+    with pytest.raises(InvalidError, match="holds no chunk"):
+        PrefixStoreSpec(config)
+
+
 def test_a_job_for_an_unknown_request_is_answered(drive):
     """A store that vLLM submits for a request that is gone ends, and says that it did not store."""
     driver = drive()
