@@ -7,13 +7,18 @@ start-up and with a clear message, never while serving.
 import importlib.metadata
 import logging
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm.v1.kv_offload.base import OffloadKey, ReqContext
 
 from prefixstore.errors import InvalidError
 from prefixstore.keys import Key
 
-__all__ = ["check_version", "engine_version", "request_keys"]
+if TYPE_CHECKING:
+    from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+
+__all__ = ["check_version", "engine_version", "request_keys", "unname_region"]
 
 logger = logging.getLogger("prefixstore")
 
@@ -58,3 +63,15 @@ def request_keys(context: ReqContext) -> Sequence[tuple[Key, int]]:
     """
     positions: dict[OffloadKey, int] = context._offload_key_positions  # noqa: SLF001 - see above
     return [(Key(key), end) for key, end in positions.items()]
+
+
+def unname_region(region: "SharedOffloadRegion") -> None:
+    """Remove the names in /dev/shm of a CPU tier that every process has mapped.
+
+    The memory stays for as long as somebody maps it, so no way of dying leaks it. 0.32 has one file;
+    0.33 cuts a large region into several, numbered behind the same name.
+    """
+    path = Path(region.mmap_path)
+    for name in (path, *path.parent.glob(f"{path.name}.*")):
+        name.unlink(missing_ok=True)
+    region._creator = False  # noqa: SLF001 - its cleanup would remove the names once more

@@ -6,9 +6,7 @@ as every process has mapped it, so that no way of dying leaks it (vLLM passes no
 SIGKILL would leave all of ``cpu_bytes_to_use`` behind).
 """
 
-import contextlib
 import logging
-from pathlib import Path
 
 from typing_extensions import override
 from vllm.platforms import current_platform
@@ -22,6 +20,7 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from prefixstore.errors import InvalidError
+from prefixstore.vllm.compat import unname_region
 from prefixstore.vllm.layout import SlotLayout, Span, merge_spans
 from prefixstore.vllm.worker import HostCopyWorker
 
@@ -66,9 +65,7 @@ class PrefixStoreSpec(TieringOffloadingSpec):
         # The engine builds this role after all workers have registered their caches, and so have
         # mapped the region; ours is the last mapping.
         if region is not None:
-            with contextlib.suppress(FileNotFoundError):
-                Path(region.mmap_path).unlink()
-            region._creator = False  # noqa: SLF001 - it would unlink the name once more
+            unname_region(region)
         return manager
 
     @override
