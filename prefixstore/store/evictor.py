@@ -12,11 +12,12 @@ a row without a blob: a promise that a load cannot keep, for which the engine re
 Since victims come children first, a crash at any point leaves whole prefixes.
 """
 
+import errno
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from prefixstore.errors import PrefixStoreError
+from prefixstore.errors import PrefixStoreError, UnavailableError
 from prefixstore.index.base import Address, Row
 from prefixstore.keys import Key, NamespaceId
 from prefixstore.policy.eviction import Candidate, EvictionPlan, Victim, plan_eviction
@@ -193,7 +194,9 @@ class Evictor:
         self._hints.remove_many(namespace, [key])
         # A crash here leaves a blob without a row: found again by probing and by the next scan.
         try:
-            was_there = self._tree.unlink(namespace, key)
+            # "Not there" may be a server that forgot our handle: believed only after another look, or
+            # the chunk's parent would go before it.
+            was_there = self._tree.unlink(namespace, key) or self._is_still_there(namespace, key)
         except PrefixStoreError as error:
             # Still there, so still counted.
             if record is not None:
@@ -208,6 +211,17 @@ class Evictor:
         run.evicted_chunks += 1
         run.freed_bytes += size
         self._counters.add(evicted=1, evicted_bytes=size)
+
+    def _is_still_there(self, namespace: NamespaceId, key: Key) -> bool:
+        """Look whether a blob survived its unlinking; say False if it is gone.
+
+        Raises:
+            UnavailableError: It is still there, or nobody knows.
+        """
+        if self._tree.probe(namespace, key) is None:
+            return False
+        path = self._tree.root.layout.blob(namespace, key)
+        raise UnavailableError(errno.ESTALE, f"{path} is still there after it was removed")
 
     def _size(self, namespace: NamespaceId, key: Key) -> int | None:
         (record,) = self._hints.get_many(namespace, [key])

@@ -10,6 +10,9 @@ import pytest
 from prefixstore.config import StoreConfig
 from prefixstore.store import PrefixStore
 from prefixstore.testing.chains import FIELDS
+from tests.tree.conftest import quick_path
+
+__all__ = ["OpenStore", "open_store", "quick_path", "root"]
 
 OpenStore = Callable[..., PrefixStore]
 
