@@ -8,11 +8,12 @@ read.
 """
 
 import mmap
+import threading
 from typing import Self
 
 from prefixstore.blob.header import ALIGN_BYTES, HEADER_BYTES, file_bytes
 
-__all__ = ["Buffer"]
+__all__ = ["Buffer", "ThreadBuffer"]
 
 
 class Buffer:
@@ -49,3 +50,18 @@ class Buffer:
         """Return the first ``length`` bytes of the payload; a view, valid as long as the buffer."""
         assert length <= self.capacity_bytes, f"{length} bytes, {self.capacity_bytes} fit"
         return self.image[HEADER_BYTES : HEADER_BYTES + length]
+
+
+class ThreadBuffer:
+    """One buffer for each thread that asks, grown to the largest payload it asked for, then reused."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def get(self, payload_bytes: int) -> Buffer:
+        """Return the calling thread's buffer, with room for ``payload_bytes``; its content is stale."""
+        buffer: Buffer | None = getattr(self._local, "buffer", None)
+        if buffer is None or buffer.capacity_bytes < payload_bytes:
+            buffer = Buffer.allocate(payload_bytes)
+            self._local.buffer = buffer
+        return buffer

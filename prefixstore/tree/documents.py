@@ -7,6 +7,7 @@ missing), so that a reader on any host sees all of it or nothing.
 import contextlib
 import errno
 import os
+import re
 import uuid
 from typing import TypeVar
 
@@ -17,12 +18,25 @@ from prefixstore.errors import InvalidError
 from prefixstore.tree.osfs import Os, write_whole
 from prefixstore.tree.trouble import is_absence, is_missing, lacks_links, translate
 
-__all__ = ["ensure_directory", "put_document", "read_document", "replace_document"]
+__all__ = [
+    "ensure_directory",
+    "is_temporary_document",
+    "put_document",
+    "read_document",
+    "replace_document",
+]
 
 T = TypeVar("T")
 
+_TEMPORARY = re.compile(r"[A-Za-z0-9._-]+\.json\.[0-9a-f]{32}\.tmp")
+
 ATTEMPTS = 3
 """To read a document that other hosts replace; nobody replaces one that often."""
+
+
+def is_temporary_document(name: str) -> bool:
+    """Whether a file's name is that of a document being written, or left behind half written."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def read_document(path: str, kind: type[T], *, os_calls: Os) -> T | None:

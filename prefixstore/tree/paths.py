@@ -3,14 +3,15 @@
     store.json                       the root's identity
     ns/<id>/manifest.json            a namespace's fields, in full
     ns/<id>/<aa>/<bb>/<key>.kv       a blob; aa and bb are the first two bytes of its key
-    tmp/<writer>/<n>                 a writer's unpublished files
+    ns/<id>/<aa>/.<writer>.<n>.tmp   a blob that is not published yet
     writers/<writer>.json            who the writer is
     pins/<name>.json                 a named set of keys that eviction keeps
     quarantine/<reason>.<id>.<key>.kv    corrupt blobs, kept for inspection
 
 Two levels of 256 directories: a flat directory fails on ext4 in the millions, while 65,536 leaves keep a
-hundred million blobs at some 1,500 names each. Every scan ignores names outside this grammar, so
-nothing that strays into a root is ever read, counted or removed.
+hundred million blobs at some 1,500 names each. Unpublished blobs lie one level above, so that they are
+spread as blobs are, and all of them are found in 256 listings. Every scan ignores names outside this
+grammar, so nothing that strays into a root is ever read, counted or removed.
 """
 
 import re
@@ -26,12 +27,14 @@ __all__ = [
     "is_namespace",
     "is_pin_name",
     "is_writer",
+    "temporary_writer",
 ]
 
 BLOB_SUFFIX = ".kv"
 _FAN = re.compile(r"[0-9a-f]{2}")
 _ID = re.compile(r"[0-9a-f]{32}")
 _PIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_TEMPORARY = re.compile(r"\.([0-9a-f]{32})\.[0-9a-f]{1,16}\.tmp")
 _BLOB = re.compile(rf"((?:[0-9a-f]{{2}}){{{KEY_BYTES_MIN},{KEY_BYTES_MAX}}})\.kv")
 
 
@@ -61,6 +64,16 @@ def is_writer(name: str) -> bool:
     return _ID.fullmatch(name) is not None
 
 
+def temporary_writer(name: str) -> str | None:
+    """Return the id of the writer whose unpublished blob has this name, None for any other name.
+
+    >>> temporary_writer("." + "ab" * 16 + ".1f.tmp")
+    'abababababababababababababababab'
+    """
+    found = _TEMPORARY.fullmatch(name)
+    return found[1] if found else None
+
+
 def is_pin_name(name: str) -> bool:
     """Whether a pin may have this name: a safe file name of letters, digits, dot, dash, underscore."""
     return _PIN.fullmatch(name) is not None
@@ -69,13 +82,12 @@ def is_pin_name(name: str) -> bool:
 class Layout:
     """The paths of one root. Immutable."""
 
-    __slots__ = ("collector", "namespaces", "pins", "quarantine", "root", "store", "tmp", "writers")
+    __slots__ = ("collector", "namespaces", "pins", "quarantine", "root", "store", "writers")
 
     def __init__(self, root: str) -> None:
         self.root = root
         self.store = f"{root}/store.json"
         self.namespaces = f"{root}/ns"
-        self.tmp = f"{root}/tmp"  # noqa: S108 - within the root
         self.writers = f"{root}/writers"
         self.pins = f"{root}/pins"
         self.quarantine = f"{root}/quarantine"
@@ -98,9 +110,17 @@ class Layout:
         digits = key.hex()
         return f"{self.namespaces}/{namespace}/{digits[:2]}/{digits[2:4]}/{digits}{BLOB_SUFFIX}"
 
-    def temporary(self, writer: str) -> str:
-        """Return a writer's directory of unpublished files."""
-        return f"{self.tmp}/{writer}"
+    def temporary(self, namespace: NamespaceId, key: Key, *, writer: str, number: int) -> str:
+        """Return the path of a blob until it is published.
+
+        Args:
+            namespace: Where it belongs.
+            key: Its key.
+            writer: Who writes it.
+            number: Which of the writer's files it is; none has the same.
+        """
+        fan = key[:1].hex()
+        return f"{self.namespaces}/{namespace}/{fan}/.{writer}.{number:x}.tmp"
 
     def writer(self, writer: str) -> str:
         """Return the file that says who a writer is."""

@@ -1,18 +1,22 @@
-"""How a file gets its final name on a shared tree: whole, once, and never over a sound one.
+"""How a blob gets its name on a shared tree: whole, once, and never over a sound one.
 
 What a reader sees when the writer dies after each step:
 
-    1 open tmp/<writer>/<n> exclusively     nothing; an orphan, reaped later
-    2 write header, payload, padding        nothing
-    3 fdatasync, if the policy says so      nothing
-    4 close: NFS reports lost writes here   nothing
-    5 link it to its final name             the whole blob; also an orphan name for the same file
-    6 unlink the temporary name             the whole blob
-    7 fsync the directory, if so            as 6, and a power cut keeps it
+    1 open <aa>/.<writer>.<n>.tmp exclusively   nothing; an orphan, reaped later
+    2 write header, payload, padding            nothing
+    3 fdatasync, if the policy says so          nothing
+    4 close: NFS reports lost writes here       nothing
+    5 link it to <aa>/<bb>/<key>.kv             the whole blob; also an orphan name for the same file
+    6 unlink the temporary name                 the whole blob
+    7 fsync the directories, if so              as 6, and a power cut keeps it
 
 Step 5 puts the name only where none is: the first writer of a key wins, later ones leave it alone. A
 power cut after 5 without 3 may leave the name on an empty or short file: its length tells, a load calls
 it torn, and the next store of the key replaces it.
+
+Only <aa> and <bb> are ever made here, one level at a time. If the namespace's directory is not there, the
+mount is gone or the namespace was removed, and a store must fail rather than fill the disk below the
+mount point.
 """
 
 import contextlib
@@ -22,8 +26,10 @@ import os
 from typing import TypeAlias
 
 from prefixstore.config import Durability
+from prefixstore.keys import Key, NamespaceId
+from prefixstore.tree.direct import DirectIo
 from prefixstore.tree.osfs import FILE_MODE, GROUP_FILE_MODE, write_whole
-from prefixstore.tree.root import Root
+from prefixstore.tree.root import GROUP_DIRECTORY_MODE, Root
 from prefixstore.tree.trouble import lacks_links
 
 __all__ = ["Publisher"]
@@ -32,30 +38,35 @@ Identity: TypeAlias = tuple[int, int]
 """Device and inode."""
 
 ATTEMPTS = 3
-"""To name a file: once for a directory that is not there yet, once for links that are not, and once."""
+"""To name a file: once for a directory that is not there yet, once for links that are not, and once.
+To create one: once for a directory, once for a name that a forked process has taken, and once."""
 
 
 class Publisher:
-    """Publishes files for one writer. Safe for concurrent use by threads."""
+    """Publishes blobs for one writer. Safe for concurrent use by threads."""
 
     def __init__(
-        self, root: Root, *, temporary: str, durability: Durability, direct_io: bool
+        self, root: Root, *, writer: str, durability: Durability, direct: DirectIo
     ) -> None:
         self._root = root
         self._os = root.os_calls
-        self._temporary = temporary
+        self._writer = writer
         self._durability = durability
-        self._direct_io = direct_io
+        self._direct = direct
         self._counter = itertools.count()
         self._has_links = True
+        self._durable_leaves: set[str] = set()
 
-    def publish(self, path: str, image: memoryview, *, replace: bool) -> bool:
-        """Write a file image and give it its name.
+    def publish(
+        self, namespace: NamespaceId, key: Key, image: memoryview, *, replace: bool
+    ) -> bool:
+        """Write a blob's file image and give it its name.
 
         Args:
-            path: The final name.
-            image: The whole file.
-            replace: A torn file has the name: take its place.
+            namespace: Where it belongs.
+            key: Its key.
+            image: The whole file, page-aligned.
+            replace: Something that is no sound blob has the name: take its place.
 
         Returns:
             False if a blob was there first.
@@ -63,44 +74,65 @@ class Publisher:
         Raises:
             OSError: Nothing was published, as far as can be told.
         """
-        temporary = f"{self._temporary}/{next(self._counter)}"
+        path = self._root.layout.blob(namespace, key)
+        flag = self._direct.flag
+        temporary, fd = self._create(namespace, key, flag)
         try:
-            fd = self._create(temporary)
-            try:
-                write_whole(self._os, fd, image)
-                if self._durability is not Durability.NONE:
-                    self._os.sync_data(fd)
-                identity = self._identity(fd, length=len(image))
-            finally:
-                self._os.close(fd)
+            identity = self._write(fd, image)
             if self._root.group_shared:
                 self._os.set_mode(temporary, GROUP_FILE_MODE)
             published = self._publish(temporary, path, identity=identity, replace=replace)
+        except OSError as error:
+            if not self._direct.refused(error, flag=flag):
+                raise
+            return self.publish(namespace, key, image, replace=replace)
         finally:
             # Also the name that a link left behind, and that a rename took away.
             with contextlib.suppress(OSError):
                 self._os.unlink(temporary)
         if self._durability is Durability.FULL:
-            self._sync_directory(path.rpartition("/")[0])
+            self._sync_names(path)
         return published
 
-    def _create(self, temporary: str) -> int:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | (os.O_DIRECT if self._direct_io else 0)
-        try:
-            return self._os.open(temporary, flags, FILE_MODE)
-        except FileNotFoundError:
-            self._root.ensure_directory(self._temporary)
-            return self._os.open(temporary, flags, FILE_MODE)
+    def _create(self, namespace: NamespaceId, key: Key, flag: int) -> tuple[str, int]:
+        """Open a file that nobody else has; return its path and descriptor."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        for attempt in range(ATTEMPTS):
+            temporary = self._root.layout.temporary(
+                namespace, key, writer=self._writer, number=next(self._counter)
+            )
+            try:
+                return temporary, self._os.open(temporary, flags | flag, FILE_MODE)
+            except FileNotFoundError:
+                if attempt + 1 == ATTEMPTS:
+                    raise
+                self._make_directory(temporary.rpartition("/")[0])
+            except FileExistsError:
+                # A forked process has inherited this writer's id and counter.
+                if attempt + 1 == ATTEMPTS:
+                    raise
+            except OSError as error:
+                if not self._direct.refused(error, flag=flag):
+                    raise
+                flag = 0
+        raise AssertionError("the last attempt returned or raised")
 
-    def _identity(self, fd: int, *, length: int) -> Identity:
-        """Return what tells this file from any other, after a look at its length."""
-        found = self._os.stat_open(fd)
-        if found.size_bytes != length:
-            raise OSError(errno.EIO, f"{found.size_bytes} bytes on disk after writing {length}")
+    def _write(self, fd: int, image: memoryview) -> Identity:
+        """Write and close a file; return what tells it from any other."""
+        try:
+            write_whole(self._os, fd, image)
+            if self._durability is not Durability.NONE:
+                self._os.sync_data(fd)
+            found = self._os.stat_open(fd)
+            if found.size_bytes != len(image):
+                wrong = f"{found.size_bytes} bytes on disk after writing {len(image)}"
+                raise OSError(errno.EIO, wrong)
+        finally:
+            self._os.close(fd)
         return found.device, found.inode
 
     def _publish(self, temporary: str, path: str, *, identity: Identity, replace: bool) -> bool:
-        """Give a complete file its name, unless a sound blob has it. Returns whether it did.
+        """Give a complete file its name, unless a blob has it. Returns whether it did.
 
         A server that did what it was asked and lost its answer is asked again, and reports that the
         name exists, or is gone, or something else. So look who has the name before believing an error.
@@ -125,13 +157,6 @@ class Publisher:
                 self._has_links = False
         raise AssertionError("the last attempt returned or raised")
 
-    def _make_directory(self, path: str) -> None:
-        self._root.ensure_directory(path)
-        if self._durability is Durability.FULL:
-            outer = path.rpartition("/")[0]
-            self._sync_directory(outer)
-            self._sync_directory(outer.rpartition("/")[0])
-
     def _name(self, temporary: str, path: str, *, replace: bool) -> bool:
         if self._has_links and not replace:
             self._os.link(temporary, path)
@@ -140,6 +165,13 @@ class Publisher:
             return False
         self._os.rename(temporary, path)
         return True
+
+    def _make_directory(self, path: str) -> None:
+        """Make one directory, unless it has appeared meanwhile."""
+        with contextlib.suppress(FileExistsError):
+            self._os.make_directory(path)
+            if self._root.group_shared:
+                self._os.set_mode(path, GROUP_DIRECTORY_MODE)
 
     def _is_there(self, path: str) -> bool:
         try:
@@ -155,6 +187,16 @@ class Publisher:
         except OSError:
             return False
         return (found.device, found.inode) == identity
+
+    def _sync_names(self, path: str) -> None:
+        """Put a blob's name on the disk, and those of the directories above, whoever made them."""
+        leaf = path.rpartition("/")[0]
+        self._sync_directory(leaf)
+        if leaf not in self._durable_leaves:
+            outer = leaf.rpartition("/")[0]
+            self._sync_directory(outer)
+            self._sync_directory(outer.rpartition("/")[0])
+            self._durable_leaves.add(leaf)
 
     def _sync_directory(self, path: str) -> None:
         fd = self._os.open(path, os.O_RDONLY | os.O_DIRECTORY)

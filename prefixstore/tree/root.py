@@ -30,6 +30,8 @@ FORMAT = 1
 FAN_OUT = (256, 256)
 GROUP_DIRECTORY_MODE = 0o2770
 STRAY_NAMES_SHOWN = 5
+_NOTHING = object()
+"""Stands for a field that is not there; None is a value of JSON."""
 
 
 class RootDocument(msgspec.Struct, frozen=True, kw_only=True):
@@ -198,7 +200,7 @@ class Root:
         Raises:
             FullError, UnavailableError: It cannot; the error says why.
         """
-        path = f"{self.layout.tmp}/{uuid.uuid4().hex}.probe"
+        path = f"{self.layout.writers}/{uuid.uuid4().hex}.probe"
         try:
             fd = self.os_calls.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
             self.os_calls.close(fd)
@@ -215,7 +217,6 @@ class Root:
         layout = self.layout
         for path in (
             layout.namespaces,
-            layout.tmp,
             layout.writers,
             layout.pins,
             layout.quarantine,
@@ -237,13 +238,19 @@ def diff_fields(found: object, wanted: object, *, name: str = "", limit: int = 2
         lines: list[str] = []
         for key in sorted({*found, *wanted}):
             inner = f"{name}.{key}" if name else str(key)
-            lines += diff_fields(found.get(key), wanted.get(key), name=inner, limit=limit)
+            lines += diff_fields(
+                found.get(key, _NOTHING), wanted.get(key, _NOTHING), name=inner, limit=limit
+            )
             if len(lines) >= limit:
                 break
         return lines[:limit]
     if found == wanted and type(found) is type(wanted):
         return []
-    return [f"{name or 'fields'}: {found!r:.200} found, {wanted!r:.200} expected"]
+    return [f"{name or 'fields'}: {_shown(found)} found, {_shown(wanted)} expected"]
+
+
+def _shown(value: object) -> str:
+    return "nothing" if value is _NOTHING else f"{value!r:.200}"
 
 
 def _as_json(fields: Fields) -> dict[str, object]:

@@ -1,13 +1,16 @@
 """Who writes under a root, and what the dead have left behind.
 
-Each writer has an id of its own, a directory ``tmp/<id>`` for what it has not published, and a file
+Each writer has an id of its own, which begins the names of what it has not published, and a file
 ``writers/<id>.json`` that says where it runs. Temporary files are orphans once their writer is dead. Dead
-is proved on the writer's own host only: another boot, no such process in its PID namespace, or the
-process id now belongs to another. A writer of another host is presumed dead when neither its file nor its
-directory changed for a day by the file server's clock; a live one refreshes its file every hour.
+is proved on the writer's own host only: no such process in its PID namespace, or the process id now
+belongs to another. A writer of another host or boot is presumed dead when neither its file nor any of its
+temporary files changed for hours or a day by the file server's clock; a live one refreshes its file every
+hour.
 
 A wrong guess costs a writer one store, which it tries again with the next request: an unlinked temporary
 file is never half published.
+
+Documents are written to temporary files, too. Those name no writer, and go when they are a day old.
 """
 
 import contextlib
@@ -19,10 +22,11 @@ from pathlib import Path
 import msgspec
 
 from prefixstore.errors import InvalidError, PrefixStoreError
-from prefixstore.tree.documents import put_document, read_document
+from prefixstore.tree.documents import is_temporary_document, put_document, read_document
 from prefixstore.tree.paths import is_writer
 from prefixstore.tree.root import Root
-from prefixstore.tree.trouble import is_missing, translate
+from prefixstore.tree.scan import names_in, scan_temporaries
+from prefixstore.tree.trouble import is_missing
 
 __all__ = ["WriterDocument", "Writers", "this_process"]
 
@@ -88,20 +92,18 @@ class Writers:
                 self.register(writer)
 
     def leave(self, writer: str) -> None:
-        """Remove a writer's directory and file at its orderly end."""
-        self._remove(writer)
+        """Remove a writer's file at its orderly end; what it could not clean up is left to others."""
+        self._remove(self._root.layout.writer(writer))
 
     def known(self) -> dict[str, WriterDocument | None]:
-        """Return all writers with their documents; None for one whose document is missing or bad."""
+        """Return the announced writers with their documents; None for one whose document is bad."""
         layout = self._root.layout
-        files = self._names(layout.writers, directories=False)
-        names = {name.removesuffix(".json") for name in files if name.endswith(".json")}
-        names |= set(self._names(layout.tmp, directories=True))
+        files = names_in(self._os, layout.writers, directories=False)
+        names = (name.removesuffix(".json") for name in files if name.endswith(".json"))
         found: dict[str, WriterDocument | None] = {}
         for name in sorted(filter(is_writer, names)):
             try:
-                path = self._root.layout.writer(name)
-                found[name] = read_document(path, WriterDocument, os_calls=self._os)
+                found[name] = read_document(layout.writer(name), WriterDocument, os_calls=self._os)
             except InvalidError:
                 found[name] = None
         return found
@@ -112,18 +114,45 @@ class Writers:
         Args:
             server_now_s: Now by the file server's clock: the time of a file just written there.
             spare: The caller's own id.
+
+        Raises:
+            UnavailableError: A directory cannot be listed.
         """
+        layout = self._root.layout
+        # First the files, then who lives: a writer announces itself before its first file.
+        temporaries: dict[str, list[str]] = {}
+        for namespace in self._root.namespaces():
+            for writer, path in scan_temporaries(self._os, layout, namespace):
+                temporaries.setdefault(writer, []).append(path)
+        known = self.known()
         dead: list[str] = []
         files = 0
-        for writer, document in self.known().items():
-            if writer != spare and self._is_dead(writer, document, server_now_s=server_now_s):
-                files += self._remove(writer)
+        for writer in sorted({*known, *temporaries} - {spare}):
+            paths = temporaries.get(writer, [])
+            silent_s = server_now_s - self._last_seen_s([layout.writer(writer), *paths])
+            if self._is_dead(known.get(writer), silent_s=silent_s):
+                files += sum(map(self._remove, paths))
+                self._remove(layout.writer(writer))
                 dead.append(writer)
-        return Reaped(writers=tuple(dead), files=files)
+        return Reaped(
+            writers=tuple(dead), files=files + self._reap_documents(server_now_s=server_now_s)
+        )
 
-    def _is_dead(
-        self, writer: str, document: WriterDocument | None, *, server_now_s: float
-    ) -> bool:
+    def _reap_documents(self, *, server_now_s: float) -> int:
+        layout = self._root.layout
+        directories = [layout.root, layout.writers, layout.pins, layout.collector]
+        directories += [layout.namespace(namespace) for namespace in self._root.namespaces()]
+        files = 0
+        for directory in directories:
+            for name in names_in(self._os, directory, directories=False):
+                path = f"{directory}/{name}"
+                if not is_temporary_document(name):
+                    continue
+                if server_now_s - self._last_seen_s([path]) > PRESUMED_DEAD_S:
+                    files += self._remove(path)
+        return files
+
+    def _is_dead(self, document: WriterDocument | None, *, silent_s: float) -> bool:
         here = self._this
         if document is not None and document.host == here.host:
             if document.boot_id == here.boot_id:
@@ -132,41 +161,30 @@ class Writers:
             elif document.boot_id and here.boot_id:
                 # The same host name with another boot: either it restarted, or two hosts share the
                 # name. Silence has to tell them apart.
-                return self._silent_s(writer, server_now_s) > 2 * REFRESH_S
-        return self._silent_s(writer, server_now_s) > PRESUMED_DEAD_S
+                return silent_s > 2 * REFRESH_S
+        return silent_s > PRESUMED_DEAD_S
 
-    def _silent_s(self, writer: str, server_now_s: float) -> float:
-        latest = 0.0
-        layout = self._root.layout
-        for path in (layout.writer(writer), layout.temporary(writer)):
-            with contextlib.suppress(OSError):
-                latest = max(latest, self._os.stat(path).modified_s)
-        return server_now_s - latest
+    def _last_seen_s(self, paths: list[str]) -> float:
+        """Return when the latest of some files changed, by the file server's clock.
 
-    def _remove(self, writer: str) -> int:
-        """Remove a writer's temporary files, its directory and its document; returns the files."""
-        directory = self._root.layout.temporary(writer)
-        files = 0
-        if writer in self._names(self._root.layout.tmp, directories=True):
-            for name in self._names(directory, directories=False):
-                with contextlib.suppress(OSError):
-                    self._os.unlink(f"{directory}/{name}")
-                    files += 1
-        with contextlib.suppress(OSError):
-            self._os.remove_directory(directory)
-        with contextlib.suppress(OSError):
-            self._os.unlink(self._root.layout.writer(writer))
-        return files
+        What cannot be looked at counts as new, and what is gone does not count.
+        """
+        latest_s = 0.0
+        for path in paths:
+            try:
+                latest_s = max(latest_s, self._os.stat(path).modified_s)
+            except OSError as error:
+                if not is_missing(error):
+                    return float("inf")
+        return latest_s
 
-    def _names(self, path: str, *, directories: bool) -> list[str]:
-        """Return the names of directories, or of files; a link that leads elsewhere is neither."""
+    def _remove(self, path: str) -> bool:
+        """Unlink a file; return whether this did it. A failure leaves it to the next reaping."""
         try:
-            entries = self._os.scan(path)
-        except OSError as error:
-            if is_missing(error):
-                return []
-            raise translate(error, doing="list", path=path) from error
-        return [e.name for e in entries if (e.is_directory if directories else e.is_file)]
+            self._os.unlink(path)
+        except OSError:
+            return False
+        return True
 
 
 def _boot_id() -> str:

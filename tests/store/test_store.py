@@ -463,9 +463,10 @@ def test_threads_share_one_store(open_store: OpenStore) -> None:
 def test_orphans_of_dead_writers_are_reaped(open_store: OpenStore) -> None:
     """A writer that was killed leaves a temporary file; the next writer's background removes it."""
     keys = chain("a", 1)
-    first = open_store(namespace=None)
+    first = open_store()
     dead = "0" * 32
-    orphan = Path(first.root.layout.temporary(dead)) / "0"
+    namespace = next(first.root.namespaces())
+    orphan = Path(first.root.layout.temporary(namespace, keys[0], writer=dead, number=0))
     orphan.parent.mkdir(parents=True)
     orphan.write_bytes(b"half a blob")
     document = msgspec.structs.replace(this_process(), started="never")

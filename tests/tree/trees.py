@@ -4,6 +4,7 @@ import hashlib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,12 +43,13 @@ class Fixture:
     path: str
     os_calls: Os = field(default_factory=QuickOs)
     options: dict[str, object] = field(default_factory=dict)
+    writer: str | None = None
 
     def __post_init__(self) -> None:
         config = StoreConfig.from_mapping({"direct_io": "off"} | self.options)
         self.root = Root.create(self.path, os_calls=self.os_calls, group_shared=config.group_shared)
         self.namespace: NamespaceId = self.root.namespace(FIELDS, create=True)
-        self.tree = BlobTree(self.root, config=config)
+        self.tree = BlobTree(self.root, config=config, writer=self.writer)
         self.writers = Writers(self.root, this=this_process())
 
     def store(self, key: Key, *, codec: Codec = Codec.RAW, raw_bytes: int = RAW_BYTES) -> Stored:
@@ -68,21 +70,31 @@ class Fixture:
 
     def temporaries(self) -> list[str]:
         """Return every file of any writer that is not published."""
-        return sorted(str(path) for path in Path(self.root.layout.tmp).rglob("*") if path.is_file())
+        return sorted(str(path) for path in Path(self.root.path).rglob("*.tmp"))
 
 
 def in_child(work: Callable[[], object]) -> int:
     """Run ``work`` in a forked child; return its exit status, negative for a signal."""
+    return in_children(1, lambda _: work())[0]
+
+
+def in_children(count: int, work: Callable[[int], object]) -> list[int]:
+    """Run ``work`` in several forked children at once; return their exit statuses."""
     sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    pids = []
+    for number in range(count):
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                work(number)
+                status = 0
+            except BaseException:  # noqa: BLE001 - the parent sees the status only
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        pids.append(pid)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
 KILLED = -signal.SIGKILL
