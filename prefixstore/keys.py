@@ -11,6 +11,7 @@ manifest and compared whole at open, so the id is a name and never a proof.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import NewType
 
@@ -75,6 +76,13 @@ def kv_group(key: Key) -> int:
 
 
 def namespace_id(fields: Fields) -> NamespaceId:
-    """Name a namespace by its fields; the order of the fields does not matter."""
-    canonical = msgspec.json.encode(dict(fields), order="sorted")
-    return NamespaceId(hashlib.sha256(canonical).hexdigest()[:32])
+    """Name a namespace by its fields; the order of the fields does not matter.
+
+    >>> namespace_id({"theta": 1e6, "eps": 1e-5}) == namespace_id({"eps": 1e-5, "theta": 1e6})
+    True
+    """
+    plain = msgspec.json.decode(msgspec.json.encode(dict(fields)))
+    # The standard library's form of numbers is specified (float.__repr__); msgspec's is its own affair,
+    # and another form in a later version would hide every blob of the namespace.
+    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return NamespaceId(hashlib.sha256(canonical.encode()).hexdigest()[:32])
