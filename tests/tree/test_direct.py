@@ -155,7 +155,6 @@ def test_a_store_builds_nothing_under_a_mount_point_that_lost_its_mount(tmp_path
 def test_a_name_that_a_forked_process_took_is_left_to_it(tmp_path):
     """A child inherits its parent's writer id and counter; neither harms the other's files."""
     here = Fixture(str(tmp_path / "root"))
-    number = 0
     taken = here.root.layout.temporary(here.namespace, KEY, writer=here.tree.writer, number=0)
     here.file_of(KEY).parent.mkdir(parents=True)
     with Path(taken).open("wb") as theirs:
