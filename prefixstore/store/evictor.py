@@ -1,29 +1,25 @@
 """Eviction of a whole root: learn what is there, plan, then carry the plan out, leaves first.
 
-    1 flush recency      what was used a moment ago must not look old
-    2 reconcile          blobs of other hosts get rows, rows without a blob go: children are counted right
-    3 read the pins      the files are the truth
-    4 plan               pure: prefixstore.policy.eviction
-    5 for each victim    look at its refcount once more; remove its row; unlink its blob
-
-The row goes before the blob. A crash between the two leaves a blob that no index promises: it is still
-served to whoever probes for it, and the next reconciliation finds it again. The other order would leave
-a row without a blob: a promise that a load cannot keep, for which the engine reserves memory in vain.
-Since victims come children first, a crash at any point leaves whole prefixes.
+1 flush recency      what was used a moment ago must not look old
+2 reconcile          blobs of other hosts get rows, rows without a blob go: children are counted right
+3 read the pins      the files are the truth
+4 plan               pure: prefixstore.policy.eviction
+5 for some victims   look at their refcounts once more, then remove them: prefixstore.store.remover
 """
 
-import errno
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from prefixstore.errors import PrefixStoreError, UnavailableError
+from prefixstore.errors import PrefixStoreError
 from prefixstore.index.base import Address, Row
 from prefixstore.keys import Key, NamespaceId
 from prefixstore.policy.eviction import Candidate, EvictionPlan, Victim, plan_eviction
 from prefixstore.store.keeper import Keeper
 from prefixstore.store.parts import Parts
 from prefixstore.store.reconcile import ReconcileReport, reconcile
+from prefixstore.store.remover import Doomed, Remover
+from prefixstore.store.tally import Tally
 from prefixstore.store.values import EvictionReport
 from prefixstore.tree.blobs import ScanEntry
 
@@ -31,10 +27,9 @@ __all__ = ["Evictor"]
 
 LOG = logging.getLogger(__name__)
 
-PINS_EVERY = 256
-"""Victims between two looks at the pin files: a pin takes effect within this many."""
-ERRORS_MAX = 16
-"""Unlinks that may fail before a plan is given up: a root that cannot be written fails them all."""
+BATCH_VICTIMS = 256
+"""Victims between two looks at the pin files, the refcounts and whether to stop: some 50 ms of work, and
+rows enough to share a transaction."""
 TORN_AGE_S = 3600
 """Torn files younger than this are left: another host's view of a fresh file may lag behind."""
 
@@ -53,7 +48,6 @@ class Evictor:
         namespace: NamespaceId | None,
         keeper: Keeper | None,
     ) -> None:
-        self._namespace = namespace
         self._keeper = keeper
         self._tree = parts.tree
         self._hints = parts.hints
@@ -61,7 +55,7 @@ class Evictor:
         self._inflight = parts.inflight
         self._membership = parts.membership
         self._counters = parts.counters
-        self._present = parts.present
+        self._remover = Remover(parts, namespace=namespace)
 
     def evict(
         self,
@@ -81,12 +75,12 @@ class Evictor:
             scan: Reconcile first; False trusts the index, after a dry run a moment ago.
             stop: Asked before each directory and victim; True ends the eviction early.
         """
-        run = _Run(dry_run=dry_run)
+        tally = Tally(dry_run=dry_run)
         if self._keeper is not None:
             self._keeper.flush()
         if scan:
             report = reconcile(self._tree, self._hints, stop=stop)
-            run.errors += report.errors
+            tally.errors += report.errors
             if not dry_run:
                 self._remove_torn(report)
         try:
@@ -95,50 +89,54 @@ class Evictor:
             held = self._pins.held(now_s=self._membership.now_s())
         except PrefixStoreError as error:
             # Without the pins nothing may go: what they hold is not to be guessed.
-            run.errors.append(str(error))
-            return run.report(self._totals(), short_bytes=0)
+            tally.errors.append(str(error))
+            return self._report(tally)
         self._hints.set_pins(held)
         target = target_bytes(self._totals()[1])
         while True:
             plan = self._plan(target, max_age_s=max_age_s)
-            run.planned(plan)
-            evicted_before = run.evicted_chunks
+            tally.planned(plan)
+            evicted_before = tally.evicted_chunks
             if not dry_run:
-                self._carry_out(plan, run, stop)
-            made_progress = run.evicted_chunks > evicted_before
-            if not plan.truncated or not made_progress or run.gave_up or stop():
+                self._carry_out(plan, tally, stop)
+            made_progress = tally.evicted_chunks > evicted_before
+            if not plan.truncated or not made_progress or tally.gave_up or stop():
                 break
         if not dry_run:
             self._pins.remove_ended(now_s=self._membership.now_s())
-        return run.report(self._totals(), short_bytes=plan.short_bytes)
+        return self._report(tally, short_bytes=plan.short_bytes)
 
     def remove(
         self, namespace: NamespaceId, keys: Sequence[Key], *, dry_run: bool
     ) -> EvictionReport:
-        """Remove single chunks; pinned ones and those in flight stay.
+        """Remove single chunks, in the order given; pinned ones and those in flight stay.
 
         Raises:
             PrefixStoreError: The pins cannot be read.
         """
-        run = _Run(dry_run=dry_run)
+        tally = Tally(dry_run=dry_run)
         if self._keeper is not None:
             self._keeper.flush()
-        held = self._pins.held(now_s=self._membership.now_s())
-        for key in keys:
-            kept = self._kept((namespace, key), held)
-            if kept is not None:
-                run.kept[kept] += 1
-                continue
-            size = self._size(namespace, key)
-            if size is None:
-                run.kept["absent"] += 1
-                continue
-            run.planned_chunks += 1
-            run.planned_bytes += size
-            run.reasons["asked"] += 1
+        for at in range(0, len(keys), BATCH_VICTIMS):
+            held = self._pins.held(now_s=self._membership.now_s())
+            batch = keys[at : at + BATCH_VICTIMS]
+            doomed: list[Doomed] = []
+            for key, record in zip(batch, self._hints.get_many(namespace, batch), strict=True):
+                kept = self._kept((namespace, key), held)
+                size = record.file_bytes if record is not None else 0
+                if kept is None and not size:
+                    size = self._size_on_disk(namespace, key)
+                    kept = None if size else "absent"
+                if kept is None:
+                    doomed.append(Doomed(namespace, key, size, record))
+                else:
+                    tally.kept[kept] += 1
+            tally.planned_chunks += len(doomed)
+            tally.planned_bytes += sum(chunk.file_bytes for chunk in doomed)
+            tally.reasons["asked"] += len(doomed)
             if not dry_run:
-                self._remove_one(namespace, key, size, run)
-        return run.report(self._totals(), short_bytes=0)
+                self._remover.remove(doomed, tally)
+        return self._report(tally)
 
     def _plan(self, target_bytes: int, *, max_age_s: float | None) -> EvictionPlan:
         used_bytes = self._totals()[1]
@@ -157,80 +155,49 @@ class Evictor:
         row = self._hints.row(namespace, key)
         return None if row is None or row.record.presumed else _candidate(row)
 
-    def _carry_out(self, plan: EvictionPlan, run: "_Run", stop: Callable[[], bool]) -> None:
-        held: dict[Address, int] = {}
-        for at, victim in enumerate(plan.victims):
-            if run.gave_up or stop():
+    def _carry_out(self, plan: EvictionPlan, tally: Tally, stop: Callable[[], bool]) -> None:
+        victims = plan.victims
+        for at in range(0, len(victims), BATCH_VICTIMS):
+            if tally.gave_up or stop():
                 return
-            if at % PINS_EVERY == 0:
-                try:
-                    held = self._pins.held(now_s=self._membership.now_s())
-                except PrefixStoreError as error:
-                    run.failed(error)
-                    run.gave_up = True
-                    return
-            kept = self._kept((victim.namespace, victim.key), held) or self._changed(victim)
-            if kept is not None:
-                run.kept[kept] += 1
-            else:
-                self._remove_one(victim.namespace, victim.key, victim.file_bytes, run)
+            try:
+                held = self._pins.held(now_s=self._membership.now_s())
+            except PrefixStoreError as error:
+                tally.failed(error)
+                return
+            self._remover.remove(
+                self._still_doomed(victims[at : at + BATCH_VICTIMS], held, tally), tally
+            )
+
+    def _still_doomed(
+        self, victims: Sequence[Victim], held: dict[Address, int], tally: Tally
+    ) -> list[Doomed]:
+        """Return the victims to which nothing has happened since the plan was made."""
+        doomed: list[Doomed] = []
+        going: Counter[Address] = Counter()
+        for victim in victims:
+            address = (victim.namespace, victim.key)
+            row = self._hints.row(*address)
+            kept = self._kept(address, held) or _changed(victim, row, going[address])
+            if kept is not None or row is None:
+                tally.kept[kept or "gone"] += 1
+                continue
+            doomed.append(Doomed(victim.namespace, victim.key, victim.file_bytes, row.record))
+            if row.record.parent is not None:
+                going[victim.namespace, row.record.parent] += 1
+        return doomed
 
     def _kept(self, address: Address, held: dict[Address, int]) -> str | None:
         if address in held:
             return "pinned"
         return "in_flight" if address in self._inflight else None
 
-    def _changed(self, victim: Victim) -> str | None:
-        """Say what has happened to a victim since the plan was made, None if nothing has."""
-        row = self._hints.row(victim.namespace, victim.key)
-        if row is None:
-            return "gone"
-        if row.refs.children:
-            return "has_children"
-        return "used_meanwhile" if row.record.used_s > victim.used_s else None
-
-    def _remove_one(self, namespace: NamespaceId, key: Key, size: int, run: "_Run") -> None:
-        (record,) = self._hints.get_many(namespace, [key])
-        self._hints.remove_many(namespace, [key])
-        # A crash here leaves a blob without a row: found again by probing and by the next scan.
+    def _size_on_disk(self, namespace: NamespaceId, key: Key) -> int:
+        """Return a blob's file bytes, 0 if it is not there or nobody knows."""
         try:
-            # "Not there" may be a server that forgot our handle: believed only after another look, or
-            # the chunk's parent would go before it.
-            was_there = self._tree.unlink(namespace, key) or self._is_still_there(namespace, key)
-        except PrefixStoreError as error:
-            # Still there, so still counted.
-            if record is not None:
-                self._hints.put_many([(namespace, key, record)])
-            run.failed(error)
-            return
-        if namespace == self._namespace:
-            self._present.forget((key,))
-        if not was_there:
-            run.kept["gone"] += 1
-            return
-        run.evicted_chunks += 1
-        run.freed_bytes += size
-        self._counters.add(evicted=1, evicted_bytes=size)
-
-    def _is_still_there(self, namespace: NamespaceId, key: Key) -> bool:
-        """Look whether a blob survived its unlinking; say False if it is gone.
-
-        Raises:
-            UnavailableError: It is still there, or nobody knows.
-        """
-        if self._tree.probe(namespace, key) is None:
-            return False
-        path = self._tree.root.layout.blob(namespace, key)
-        raise UnavailableError(errno.ESTALE, f"{path} is still there after it was removed")
-
-    def _size(self, namespace: NamespaceId, key: Key) -> int | None:
-        (record,) = self._hints.get_many(namespace, [key])
-        if record is not None and record.file_bytes:
-            return record.file_bytes
-        try:
-            return self._tree.probe(namespace, key)
+            return self._tree.probe(namespace, key) or 0
         except PrefixStoreError:
-            return None
+            return 0
 
     def _remove_torn(self, report: ReconcileReport) -> None:
         """Remove files that a power cut left under a blob's name: nothing can be read from them."""
@@ -251,9 +218,22 @@ class Evictor:
         except PrefixStoreError:
             return False
 
+    def _report(self, tally: Tally, *, short_bytes: int = 0) -> EvictionReport:
+        chunks, file_bytes = self._totals()
+        return tally.report(chunks=chunks, file_bytes=file_bytes, short_bytes=short_bytes)
+
     def _totals(self) -> tuple[int, int]:
         totals = self._hints.totals().values()
         return sum(t.chunks - t.presumed for t in totals), sum(t.file_bytes for t in totals)
+
+
+def _changed(victim: Victim, row: Row | None, going_children: int) -> str | None:
+    """Say what has happened to a victim since the plan was made, None if nothing has."""
+    if row is None:
+        return "gone"
+    if row.refs.children > going_children:
+        return "has_children"
+    return "used_meanwhile" if row.record.used_s > victim.used_s else None
 
 
 def _candidate(row: Row) -> Candidate:
@@ -267,52 +247,3 @@ def _candidate(row: Row) -> Candidate:
         children=row.refs.children,
         pins=row.refs.pins,
     )
-
-
-class _Run:
-    """The running sums of one eviction; used by one thread."""
-
-    def __init__(self, *, dry_run: bool) -> None:
-        self.dry_run = dry_run
-        self.planned_chunks = 0
-        self.planned_bytes = 0
-        self.evicted_chunks = 0
-        self.freed_bytes = 0
-        self.reasons: Counter[str] = Counter()
-        self.kept: Counter[str] = Counter()
-        self.errors: list[str] = []
-        self.gave_up = False
-        self._failures = 0
-
-    def planned(self, plan: EvictionPlan) -> None:
-        """Add a plan."""
-        self.planned_chunks += len(plan.victims)
-        self.planned_bytes += plan.file_bytes
-        self.reasons.update(str(victim.reason) for victim in plan.victims)
-
-    def failed(self, error: PrefixStoreError) -> None:
-        """Note a failure; too many end the run."""
-        self._failures += 1
-        self.kept["error"] += 1
-        if len(self.errors) < ERRORS_MAX:
-            self.errors.append(str(error))
-        self.gave_up = self._failures >= ERRORS_MAX
-
-    def report(self, totals: tuple[int, int], *, short_bytes: int) -> EvictionReport:
-        """Freeze the sums."""
-        chunks, file_bytes = totals
-        # A dry run says what would be left.
-        planned = (self.planned_chunks, self.planned_bytes) if self.dry_run else (0, 0)
-        return EvictionReport(
-            dry_run=self.dry_run,
-            planned_chunks=self.planned_chunks,
-            planned_bytes=self.planned_bytes,
-            evicted_chunks=self.evicted_chunks,
-            freed_bytes=self.freed_bytes,
-            left_chunks=chunks - planned[0],
-            left_bytes=file_bytes - planned[1],
-            reasons=dict(self.reasons),
-            kept=dict(self.kept),
-            short_bytes=short_bytes,
-            errors=tuple(self.errors),
-        )

@@ -29,7 +29,7 @@ def open_index(
             ``config.index_dir``; None for none that outlives this process.
         config: The store's settings.
         store_id: Which store it is an index of.
-        discard: Go without this host's index: it is suspected of having killed a process.
+        discard: Start this host's index anew: it is suspected of having killed a process.
         clock: For the index.
 
     Raises:
@@ -37,7 +37,7 @@ def open_index(
     """
     if wanted != "auto":
         return MemoryIndex() if wanted is None else wanted
-    if config.index_dir is None or discard:
+    if config.index_dir is None:
         return MemoryIndex()
     from prefixstore.index.lmdb_index import LmdbIndex
 
@@ -46,6 +46,7 @@ def open_index(
             config.index_dir,
             store_id=store_id,
             map_bytes=config.index_map_bytes,
+            discard=discard,
             clock=clock,
         )
     except UnavailableError as error:
