@@ -59,6 +59,8 @@ class Configure(msgspec.Struct, tag=0, frozen=True, kw_only=True, array_like=Tru
     load_threads: int
     store_threads: int
     discard_index: bool
+    create: bool
+    """Make the root if it is not there. Not once it was: then its mount is away, and will be back."""
 
 
 class Find(msgspec.Struct, tag=1, frozen=True, kw_only=True, array_like=True):

@@ -131,6 +131,7 @@ class Pump:
         self._restart_at_s = 0.0
         self._restart_delay_s = RESTART_FIRST_S
         self._discard_index = False
+        self._root_was_there = False
         self._closing = False
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector = selectors.DefaultSelector()
@@ -231,6 +232,7 @@ class Pump:
                 load_threads=self._limits.load_threads,
                 store_threads=self._limits.store_threads,
                 discard_index=self._discard_index,
+                create=not self._root_was_there,
             )
         )
 
@@ -350,6 +352,7 @@ class Pump:
                 if reply.state in ("on", "read_only"):
                     self._restart_delay_s = RESTART_FIRST_S
                     self._discard_index = False
+                    self._root_was_there = True
             case Counters():
                 before = self._counters_before
                 self.counters = {

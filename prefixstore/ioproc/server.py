@@ -265,7 +265,11 @@ def _open_as_permitted(
 
     def opened(config: StoreConfig) -> PrefixStore:
         return PrefixStore.open(
-            request.root, namespace=fields, config=config, discard_index=request.discard_index
+            request.root,
+            namespace=fields,
+            config=config,
+            create=request.create,
+            discard_index=request.discard_index,
         )
 
     if config.read_only:
