@@ -27,7 +27,7 @@ class RemovalPlan:
         file_bytes: What that frees.
         pinned_chunks: Chunks that would go, too, if no pin needed them.
         unknown_keys: Keys that were named and are in no namespace.
-        whole_namespace: Set when nothing of it stays: its directory goes as well.
+        whole_namespace: Set when no chunk of it stays: its empty directories go as well.
     """
 
     chunks: tuple[tuple[NamespaceId, Key], ...]
@@ -97,7 +97,7 @@ def carry_out(store: PrefixStore, plan: RemovalPlan) -> list[EvictionReport]:
         by_namespace[namespace].append(key)
     reports = [store.remove(keys, namespace=each) for each, keys in by_namespace.items()]
     if plan.whole_namespace is not None and not any(report.errors for report in reports):
-        _remove_directories(store.root, plan.whole_namespace)
+        _prune(store.root, plan.whole_namespace)
     return reports
 
 
@@ -124,19 +124,17 @@ def _choose(rows: dict[Key, Row], named: set[Key] | None) -> tuple[list[Row], in
     return [rows[key] for key in doomed - needed], len(doomed & needed)
 
 
-def _remove_directories(root: Root, namespace: NamespaceId) -> None:
-    """Remove a namespace's empty directories, its manifest last.
+def _prune(root: Root, namespace: NamespaceId) -> None:
+    """Remove a namespace's empty directories; its own and the manifest stay.
 
-    Whatever is stored there meanwhile keeps its directories: the filesystem refuses to remove those. An
-    engine that has the namespace open goes on; whoever opens it next writes the manifest again.
+    An engine that has the namespace open stores into it again: it makes directories for blobs anew, but
+    takes a namespace without a directory for a mount that is gone.
     """
     calls, base = root.os_calls, root.layout.namespace(namespace)
     with contextlib.suppress(OSError):
         for outer in [entry.name for entry in calls.scan(base) if entry.is_directory]:
+            # The filesystem refuses to remove a directory into which something was stored meanwhile.
             with contextlib.suppress(OSError):
                 for inner in [entry.name for entry in calls.scan(f"{base}/{outer}")]:
                     calls.remove_directory(f"{base}/{outer}/{inner}")
                 calls.remove_directory(f"{base}/{outer}")
-        if not any(entry.is_directory for entry in calls.scan(base)):
-            calls.unlink(root.layout.manifest(namespace))
-            calls.remove_directory(base)

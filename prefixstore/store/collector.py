@@ -16,6 +16,10 @@ __all__ = ["Collector"]
 
 LOG = logging.getLogger(__name__)
 
+BREATH_S = 0.02
+BREATH_MAX_S = 1.0
+"""A rebuild rests as long as it worked, at most a second, so that a million blobs cost a starting engine
+half of one core for a minute and not all of it for half a minute."""
 QUIET_S = 30.0
 """After an eviction that freed nothing (all is pinned, or the root cannot be written) the next one has
 to wait so long: each costs a scan of the tree."""
@@ -36,6 +40,8 @@ class Collector:
         self._full = False
         self._evict_at_s = float("-inf")
         self._closing = False
+        self._closed = threading.Event()
+        self._breath_s = 0.0
         self._thread: threading.Thread | None = None
 
     @property
@@ -73,6 +79,7 @@ class Collector:
     def close(self, *, timeout_s: float) -> bool:
         """End the thread at its next step and wait for it; return whether it has ended."""
         self._closing = True
+        self._closed.set()
         self._wake.set()
         thread = self._thread
         if thread is not None:
@@ -117,13 +124,29 @@ class Collector:
             if what == "evict":
                 self._evict()
             elif what == "rebuild":
-                reconcile(parts.tree, parts.hints, stop=lambda: self._closing)
+                self._breath_s = self._clock.monotonic_s()
+                reconcile(parts.tree, parts.hints, stop=self._breathe)
             else:
                 parts.counters.add(orphans_removed=parts.membership.reap())
         except ClosedError:
             return  # Closed under its feet, when a hung mount has outlasted the close.
         except PrefixStoreError as error:
             LOG.warning("prefixstore cannot %s: %s", what, error)
+        except Exception:
+            # A bug of ours must not end eviction for good: it is told, counted and survived.
+            LOG.exception("prefixstore failed to %s", what)
+            parts.counters.add(background_failures=1)
+
+    def _breathe(self) -> bool:
+        """Let loads have the interpreter and the disk between two directories of a rebuild.
+
+        Returns whether to stop.
+        """
+        worked_s = self._clock.monotonic_s() - self._breath_s
+        if self._parts.background and worked_s >= BREATH_S:
+            self._closed.wait(min(worked_s, BREATH_MAX_S))
+            self._breath_s = self._clock.monotonic_s()
+        return self._closing
 
     def _evict(self) -> None:
         parts = self._parts

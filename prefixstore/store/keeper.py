@@ -10,7 +10,7 @@ touches) the oldest work is dropped. A dropped touch makes a chunk look older th
 costs a probe later.
 """
 
-import contextlib
+import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -21,6 +21,8 @@ from prefixstore.keys import Key, NamespaceId
 from prefixstore.store.parts import Parts
 
 __all__ = ["Keeper"]
+
+LOG = logging.getLogger(__name__)
 
 TICK_S = 0.5
 """How long recency may lag behind; eviction flushes first, so it never sees the lag."""
@@ -127,14 +129,19 @@ class Keeper:
             self._thread.start()
 
     def _run(self) -> None:
-        # Closed under its feet, when a hung mount has outlasted the close: there is nothing left to do.
-        with contextlib.suppress(ClosedError):
-            while not self._closing:
-                if not self._due:
-                    self._wake.wait(TICK_S)
-                self._wake.clear()
+        while not self._closing:
+            if not self._due:
+                self._wake.wait(TICK_S)
+            self._wake.clear()
+            try:
                 self.flush()
                 self._touch_due()
+            except ClosedError:
+                return  # Closed under its feet, when a hung mount has outlasted the close.
+            except Exception:
+                # A bug of ours must not end recency for good: it is told, counted and survived.
+                LOG.exception("prefixstore failed to keep its index")
+                self._counters.add(background_failures=1)
 
     def _touch_due(self) -> None:
         for _ in range(min(TOUCHES_A_ROUND, len(self._due))):
