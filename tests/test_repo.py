@@ -218,6 +218,16 @@ def test_the_core_imports_no_engine(module: str) -> None:
     assert loaded == "[]"
 
 
+def test_links_between_documents_lead_somewhere() -> None:
+    """Every relative link of a Markdown file names a file that is there."""
+    offences = []
+    for path in tracked(".md"):
+        for target in re.findall(r"\]\(([^)#\s]+)", (REPO / path).read_text()):
+            if "://" not in target and not (REPO / path.parent / target).exists():
+                offences.append(f"{path}: {target}")
+    assert offences == []
+
+
 def test_tools_are_executable() -> None:
     """Every verb in tools/ is executable; the shell ones parse."""
     verbs = [path for path in tracked() if path.parts[0] in ("tools", ".ci") and not path.suffix]

@@ -119,9 +119,13 @@ class ForkServer:
         self._forked: list[int] = []
         self._ended: dict[int, int] = {}
 
+    def wait_until_ready(self) -> None:
+        """Return once vLLM is imported and a fork costs no more than the engine's own start."""
+        self._pump_until(lambda: self._ready, timeout_s=START_TIMEOUT_S)
+
     def fork(self, *, env: Mapping[str, str], sock: socket.socket, log_fd: int) -> int:
         """Return the pid of a new engine that reads its start from `sock`."""
-        self._pump_until(lambda: self._ready, timeout_s=START_TIMEOUT_S)
+        self.wait_until_ready()
         request = json.dumps({"env": dict(env)}).encode()
         socket.send_fds(self._control, [request], [sock.fileno(), log_fd])
         self._pump_until(lambda: bool(self._forked), timeout_s=COMMAND_TIMEOUT_S)
