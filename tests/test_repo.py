@@ -220,11 +220,12 @@ def test_the_core_imports_no_engine(module: str) -> None:
 
 def test_links_between_documents_lead_somewhere() -> None:
     """Every relative link of a Markdown file names a file that is there."""
-    offences = []
-    for path in tracked(".md"):
-        for target in re.findall(r"\]\(([^)#\s]+)", (REPO / path).read_text()):
-            if "://" not in target and not (REPO / path.parent / target).exists():
-                offences.append(f"{path}: {target}")
+    offences = [
+        f"{path}: {target}"
+        for path in tracked(".md")
+        for target in re.findall(r"\]\(([^)#\s]+)", (REPO / path).read_text())
+        if "://" not in target and not (REPO / path.parent / target).exists()
+    ]
     assert offences == []
 
 
