@@ -3,15 +3,15 @@
     store.json                       the root's identity
     ns/<id>/manifest.json            a namespace's fields, in full
     ns/<id>/<aa>/<bb>/<key>.kv       a blob; aa and bb are the first two bytes of its key
-    ns/<id>/<aa>/.<writer>.<n>.tmp   a blob that is not published yet
+    ns/<id>/<aa>/<bb>/.<writer>.<n>.tmp    a blob that is not published yet
     writers/<writer>.json            who the writer is
     pins/<name>.json                 a named set of keys that eviction keeps
     quarantine/<reason>.<id>.<key>.kv    corrupt blobs, kept for inspection
 
 Two levels of 256 directories: a flat directory fails on ext4 in the millions, while 65,536 leaves keep a
-hundred million blobs at some 1,500 names each. Unpublished blobs lie one level above, so that they are
-spread as blobs are, and all of them are found in 256 listings. Every scan ignores names outside this
-grammar, so nothing that strays into a root is ever read, counted or removed.
+hundred million blobs at some 1,500 names each. A blob lies in one directory all its life, so its inode and
+data are where its directory is. Every scan ignores names outside this grammar, so nothing that strays into
+a root is ever read, counted or removed.
 """
 
 import re
@@ -119,8 +119,8 @@ class Layout:
             writer: Who writes it.
             number: Which of the writer's files it is; none has the same.
         """
-        fan = key[:1].hex()
-        return f"{self.namespaces}/{namespace}/{fan}/.{writer}.{number:x}.tmp"
+        outer, inner = key[:1].hex(), key[1:2].hex()
+        return f"{self.namespaces}/{namespace}/{outer}/{inner}/.{writer}.{number:x}.tmp"
 
     def writer(self, writer: str) -> str:
         """Return the file that says who a writer is."""

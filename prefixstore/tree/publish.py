@@ -2,13 +2,13 @@
 
 What a reader sees when the writer dies after each step:
 
-    1 open <aa>/.<writer>.<n>.tmp exclusively   nothing; an orphan, reaped later
-    2 write header, payload, padding            nothing
-    3 fdatasync, if the policy says so          nothing
-    4 close: NFS reports lost writes here       nothing
-    5 link it to <aa>/<bb>/<key>.kv             the whole blob; also an orphan name for the same file
-    6 unlink the temporary name                 the whole blob
-    7 fsync the directories, if so              as 6, and a power cut keeps it
+    1 open .<writer>.<n>.tmp exclusively    nothing; an orphan, reaped later
+    2 write header, payload, padding        nothing
+    3 fdatasync, if the policy says so      nothing
+    4 close: NFS reports lost writes here   nothing
+    5 link it to <key>.kv beside it         the whole blob; also an orphan name for the same file
+    6 unlink the temporary name             the whole blob
+    7 fsync the directories, if so          as 6, and a power cut keeps it
 
 Step 5 puts the name only where none is: the first writer of a key wins, later ones leave it alone. A
 power cut after 5 without 3 may leave the name on an empty or short file: its length tells, a load calls
@@ -38,8 +38,8 @@ Identity: TypeAlias = tuple[int, int]
 """Device and inode."""
 
 ATTEMPTS = 3
-"""To name a file: once for a directory that is not there yet, once for links that are not, and once.
-To create one: once for a directory, once for a name that a forked process has taken, and once."""
+"""To create a file: once for directories that are not there yet, once for a name that a forked process
+has taken, and once. To name it: once for links that the filesystem does not have, and once."""
 
 
 class Publisher:
@@ -106,7 +106,7 @@ class Publisher:
             except FileNotFoundError:
                 if attempt + 1 == ATTEMPTS:
                     raise
-                self._make_directory(temporary.rpartition("/")[0])
+                self._make_leaf(temporary.rpartition("/")[0])
             except FileExistsError:
                 # A forked process has inherited this writer's id and counter.
                 if attempt + 1 == ATTEMPTS:
@@ -143,12 +143,6 @@ class Publisher:
                 return self._name(temporary, path, replace=replace)
             except FileExistsError:
                 return self._is_ours(path, identity)
-            except FileNotFoundError:
-                if self._is_ours(path, identity):
-                    return True
-                if is_last:
-                    raise
-                self._make_directory(path.rpartition("/")[0])
             except OSError as error:
                 if self._is_ours(path, identity):
                     return True
@@ -165,6 +159,14 @@ class Publisher:
             return False
         self._os.rename(temporary, path)
         return True
+
+    def _make_leaf(self, path: str) -> None:
+        """Make the directory of a blob, and the one above it if need be."""
+        try:
+            self._make_directory(path)
+        except FileNotFoundError:
+            self._make_directory(path.rpartition("/")[0])
+            self._make_directory(path)
 
     def _make_directory(self, path: str) -> None:
         """Make one directory, unless it has appeared meanwhile."""

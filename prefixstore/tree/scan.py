@@ -50,9 +50,11 @@ def scan_temporaries(
     """
     base = layout.namespace(namespace)
     for outer in _fans(calls, base):
-        for name in names_in(calls, f"{base}/{outer}", directories=False):
-            if (writer := temporary_writer(name)) is not None:
-                yield writer, f"{base}/{outer}/{name}"
+        for inner in _fans(calls, f"{base}/{outer}"):
+            leaf = f"{base}/{outer}/{inner}"
+            for name in names_in(calls, leaf, directories=False):
+                if (writer := temporary_writer(name)) is not None:
+                    yield writer, f"{leaf}/{name}"
 
 
 def names_in(calls: Os, path: str, *, directories: bool) -> list[str]:

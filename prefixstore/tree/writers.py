@@ -10,6 +10,9 @@ hour.
 A wrong guess costs a writer one store, which it tries again with the next request: an unlinked temporary
 file is never half published.
 
+Looking for orphans lists every directory of blobs, so it is done only when the file of a dead writer says
+that there may be some; a writer that ends in order takes its file along.
+
 Documents are written to temporary files, too. Those name no writer, and go when they are a day old.
 """
 
@@ -108,35 +111,46 @@ class Writers:
                 found[name] = None
         return found
 
-    def reap(self, *, server_now_s: float, spare: str) -> Reaped:
+    def reap(self, *, server_now_s: float, spare: str, thorough: bool = False) -> Reaped:
         """Remove the files of dead writers.
 
         Args:
             server_now_s: Now by the file server's clock: the time of a file just written there.
             spare: The caller's own id.
+            thorough: Look for orphans even if no writer is known to have died: for those whose
+                writer left no file, or whose removal failed.
 
         Raises:
             UnavailableError: A directory cannot be listed.
         """
         layout = self._root.layout
-        # First the files, then who lives: a writer announces itself before its first file.
-        temporaries: dict[str, list[str]] = {}
-        for namespace in self._root.namespaces():
-            for writer, path in scan_temporaries(self._os, layout, namespace):
-                temporaries.setdefault(writer, []).append(path)
         known = self.known()
+        suspects = {
+            writer
+            for writer, document in known.items()
+            if writer != spare
+            and self._is_dead(document, [layout.writer(writer)], server_now_s=server_now_s)
+        }
+        orphans = self._temporaries() if suspects or thorough else {}
         dead: list[str] = []
         files = 0
-        for writer in sorted({*known, *temporaries} - {spare}):
-            paths = temporaries.get(writer, [])
-            silent_s = server_now_s - self._last_seen_s([layout.writer(writer), *paths])
-            if self._is_dead(known.get(writer), silent_s=silent_s):
+        for writer in sorted({*suspects, *orphans} - {spare}):
+            paths = orphans.get(writer, [])
+            signs = [layout.writer(writer), *paths]
+            if self._is_dead(known.get(writer), signs, server_now_s=server_now_s):
                 files += sum(map(self._remove, paths))
                 self._remove(layout.writer(writer))
                 dead.append(writer)
-        return Reaped(
-            writers=tuple(dead), files=files + self._reap_documents(server_now_s=server_now_s)
-        )
+        files += self._reap_documents(server_now_s=server_now_s)
+        return Reaped(writers=tuple(dead), files=files)
+
+    def _temporaries(self) -> dict[str, list[str]]:
+        """Return the unpublished files of all namespaces by their writer."""
+        found: dict[str, list[str]] = {}
+        for namespace in self._root.namespaces():
+            for writer, path in scan_temporaries(self._os, self._root.layout, namespace):
+                found.setdefault(writer, []).append(path)
+        return found
 
     def _reap_documents(self, *, server_now_s: float) -> int:
         layout = self._root.layout
@@ -152,8 +166,12 @@ class Writers:
                     files += self._remove(path)
         return files
 
-    def _is_dead(self, document: WriterDocument | None, *, silent_s: float) -> bool:
+    def _is_dead(
+        self, document: WriterDocument | None, signs: list[str], *, server_now_s: float
+    ) -> bool:
+        """Judge a writer by its document and by when its files last changed."""
         here = self._this
+        patience_s = PRESUMED_DEAD_S
         if document is not None and document.host == here.host:
             if document.boot_id == here.boot_id:
                 if document.pid_namespace == here.pid_namespace:
@@ -161,8 +179,8 @@ class Writers:
             elif document.boot_id and here.boot_id:
                 # The same host name with another boot: either it restarted, or two hosts share the
                 # name. Silence has to tell them apart.
-                return silent_s > 2 * REFRESH_S
-        return silent_s > PRESUMED_DEAD_S
+                patience_s = 2 * REFRESH_S
+        return server_now_s - self._last_seen_s(signs) > patience_s
 
     def _last_seen_s(self, paths: list[str]) -> float:
         """Return when the latest of some files changed, by the file server's clock.

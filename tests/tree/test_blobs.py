@@ -78,6 +78,21 @@ def test_a_raw_blob_is_one_write_and_one_read(tmp_path):
     )
 
 
+@pytest.mark.parametrize("direct_io", ["auto", "off"])
+@pytest.mark.parametrize("length", [0, 100, 5000, 8192])
+def test_a_torn_blob_costs_few_reads(tmp_path, direct_io, length):
+    """Where a file ends is seen at the second look."""
+    counting = FaultyOs(QuickOs())
+    here = Fixture(str(tmp_path / "root"), counting, {"direct_io": direct_io})
+    here.store(KEY)
+    os.truncate(here.file_of(KEY), length)
+    before = counting.count("read_into")
+
+    assert here.load(KEY) == "torn"
+
+    assert counting.count("read_into") - before <= 2
+
+
 def test_a_key_that_exists_is_left_alone(here):
     """The first writer wins; the second learns what is there."""
     first = here.store(KEY)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from prefixstore.config import Codec
+from prefixstore.config import Codec, StoreConfig
 from prefixstore.errors import FullError, PrefixStoreError, UnavailableError
 from prefixstore.testing.faults import (
     ERRNOS,
@@ -29,7 +29,7 @@ from prefixstore.testing.faults import (
     full_disk,
 )
 from prefixstore.testing.quick import QuickOs
-from prefixstore.tree.blobs import Stored
+from prefixstore.tree.blobs import BlobTree, Stored
 from prefixstore.tree.pins import Pin, Pins
 from prefixstore.tree.quarantine import Quarantine
 from prefixstore.tree.root import Root
@@ -255,6 +255,61 @@ def test_a_sound_blob_that_comes_first_wins(quick_path):
 
     assert trap.sprung
     assert here.load(NEW) == payload_of(NEW)
+    assert here.temporaries() == []
+
+
+def test_without_links_a_sound_blob_that_comes_first_wins(quick_path):
+    """A rename would replace it: so the writer looks once more."""
+    here = Fixture(str(quick_path / "root"))
+    leaf_exists(here)
+    first = Fixture(str(quick_path / "root"))
+    trap = Trap(QuickOs(), "link", lambda: first.store(NEW))
+    late = Fixture(str(quick_path / "root"), trap)
+    trap.reset(NO_LINKS)
+
+    assert late.store(NEW).existed
+
+    assert trap.sprung
+    assert here.load(NEW) == payload_of(NEW)
+    assert here.temporaries() == []
+
+
+def test_a_temporary_name_that_is_taken_is_left_alone(quick_path):
+    """Whoever else has this writer's name, by a fork, goes on writing its own file."""
+    here = Fixture(str(quick_path / "root"))
+    leaf_exists(here)
+    taken = Path(here.root.layout.temporary(here.namespace, NEW, writer=here.tree.writer, number=1))
+    taken.write_bytes(b"being written")
+
+    assert not here.store(NEW).existed
+
+    assert taken.read_bytes() == b"being written"
+    assert here.load(NEW) == payload_of(NEW)
+
+
+class LosingOs(QuickOs):
+    """A filesystem that takes every byte and loses the last page, as a full thin volume may."""
+
+    def write_from(self, fd: int, source: memoryview, offset: int) -> int:
+        super().write_from(fd, source[:-4096], offset)
+        return len(source)
+
+
+def test_a_filesystem_that_lies_about_a_write_is_found_out(quick_path):
+    """The file's length is looked at before it gets its name."""
+    here = Fixture(str(quick_path / "root"))
+    root = Root(
+        store_id=here.root.store_id,
+        layout=here.root.layout,
+        os_calls=LosingOs(),
+        group_shared=False,
+    )
+    here.tree = BlobTree(root, config=StoreConfig(direct_io="off"))
+
+    with pytest.raises(UnavailableError, match="on disk after writing"):
+        here.store(NEW)
+
+    assert here.load(NEW) == "absent"
     assert here.temporaries() == []
 
 

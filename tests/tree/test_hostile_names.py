@@ -127,13 +127,14 @@ def test_a_reaper_stays_within_the_root(here, tmp_path):
         (victim / name).write_text("mine")
         os.utime(victim / name, (1, 1))
     Path(here.root.layout.namespaces, "cd" * 16).symlink_to(victim)
+    temporary.parent.parent.mkdir()
     temporary.parent.symlink_to(victim)
     Path(here.root.layout.writer(writer)).symlink_to(victim / f"{writer}.json")
     for place in ("pins", "quarantine", "writers"):
         Path(here.path, place, "ef" * 16).symlink_to(victim)
         Path(here.path, place, precious[3]).symlink_to(victim / precious[3])
 
-    here.writers.reap(server_now_s=1e12, spare="")
+    here.writers.reap(server_now_s=1e12, spare="", thorough=True)
     here.store(key_of("two"))
     Quarantine(here.root, bytes_max=0).take(here.namespace, key_of("two"), MissReason.DIGEST)
 

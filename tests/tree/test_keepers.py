@@ -152,9 +152,11 @@ def orphan(here: Fixture, writer: str, document: WriterDocument | None) -> Path:
     return Path(left)
 
 
-def reap(here: Fixture, *, server_now_s: float | None = None) -> None:
+def reap(here: Fixture, *, server_now_s: float | None = None, thorough: bool = False) -> None:
     now_s = time.time() if server_now_s is None else server_now_s
-    Writers(here.root, this=this_process()).reap(server_now_s=now_s, spare="0" * 32)
+    Writers(here.root, this=this_process()).reap(
+        server_now_s=now_s, spare="0" * 32, thorough=thorough
+    )
 
 
 def changed(**changes: object) -> WriterDocument:
@@ -177,7 +179,7 @@ def test_the_callers_own_files_are_spared(here):
     """Whoever reaps has stores on their way."""
     kept = orphan(here, "0" * 32, None)
 
-    reap(here, server_now_s=time.time() + 100 * PRESUMED_DEAD_S)
+    reap(here, server_now_s=time.time() + 100 * PRESUMED_DEAD_S, thorough=True)
 
     assert kept.exists()
 
@@ -195,6 +197,21 @@ def test_a_killed_writer_is_reaped_at_once(here):
 
     assert not gone.exists()
     assert not Path(here.root.layout.writer(WRITER)).exists()
+
+
+def test_blobs_are_listed_only_for_the_sake_of_the_dead(here):
+    """Every engine reaps when it opens a root; 65,536 listings are not for every one of them."""
+    here.store(KEY)
+    orphan(here, WRITER, None)
+    counting = FaultyOs(QuickOs())
+    there = Fixture(here.path, counting)
+    Writers(there.root, this=this_process()).register("cd" * 16)
+    counting.reset()
+
+    Writers(there.root, this=this_process()).reap(server_now_s=time.time(), spare="0" * 32)
+
+    leaf = str(here.file_of(KEY).parent)
+    assert leaf not in {call.path for call in counting.calls}
 
 
 def test_a_reused_process_id_is_another_process(here):
@@ -220,9 +237,9 @@ def test_a_writer_that_cannot_be_judged_is_presumed_dead_after_a_day(here, docum
     file = orphan(here, WRITER, document)
     touched_s = time.time()
 
-    reap(here, server_now_s=touched_s + PRESUMED_DEAD_S - 60)
+    reap(here, server_now_s=touched_s + PRESUMED_DEAD_S - 60, thorough=document is None)
     assert file.exists()
-    reap(here, server_now_s=touched_s + PRESUMED_DEAD_S + 60)
+    reap(here, server_now_s=touched_s + PRESUMED_DEAD_S + 60, thorough=document is None)
     assert not file.exists()
 
 
@@ -280,7 +297,7 @@ def test_the_published_blob_of_a_dead_writer_stays(here):
     assert in_child(die) == KILLED
     assert len(here.temporaries()) == 1
 
-    reap(here, server_now_s=time.time() + 2 * PRESUMED_DEAD_S)
+    reap(here, server_now_s=time.time() + 2 * PRESUMED_DEAD_S, thorough=True)
 
     assert here.temporaries() == []
     assert here.load(KEY) == payload_of(KEY)
