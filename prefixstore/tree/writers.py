@@ -174,8 +174,10 @@ class Writers:
         patience_s = PRESUMED_DEAD_S
         if document is not None and document.host == here.host:
             if document.boot_id == here.boot_id:
-                if document.pid_namespace == here.pid_namespace:
-                    return _start_of(document.pid) != document.started
+                if document.pid_namespace == here.pid_namespace != "":
+                    is_running = _is_running(document.pid, document.started)
+                    if is_running is not None:
+                        return not is_running
             elif document.boot_id and here.boot_id:
                 # The same host name with another boot: either it restarted, or two hosts share the
                 # name. Silence has to tell them apart.
@@ -203,6 +205,23 @@ class Writers:
         except OSError:
             return False
         return True
+
+
+def _is_running(pid: int, started: str) -> bool | None:
+    """Whether a process is the one that started then; None if the system does not tell.
+
+    A /proc that is mounted with hidepid shows a user no process of another.
+    """
+    found = _start_of(pid)
+    if found is not None and started:
+        return found == started
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return None
+    return None
 
 
 def _boot_id() -> str:

@@ -60,6 +60,18 @@ def test_a_pin_holds_until_it_ends(here):
     assert pinned_keys(pins, now_s=200)[address] == 1
 
 
+def test_a_pin_is_on_the_disk_on_return(tmp_path):
+    """What it keeps is gone for good otherwise, if the power fails and eviction comes first."""
+    faulty = FaultyOs(QuickOs())
+    here = Fixture(str(tmp_path / "root"), faulty)
+    faulty.reset()
+
+    Pins(here.root).write(a_pin(here))
+
+    names = [call.name for call in faulty.calls]
+    assert names.index("write_from") < names.index("sync_data") < names.index("rename")
+
+
 def test_a_pin_without_keys_is_refused(here):
     """It would keep nothing, and look as if it did."""
     with pytest.raises(InvalidError, match="names no key"):
@@ -228,9 +240,10 @@ def test_a_reused_process_id_is_another_process(here):
     [
         changed(host="elsewhere"),
         changed(pid_namespace="pid:[1]", started="1"),
+        changed(started=""),
         None,
     ],
-    ids=["another host", "another container", "no document"],
+    ids=["another host", "another container", "its start is not told", "no document"],
 )
 def test_a_writer_that_cannot_be_judged_is_presumed_dead_after_a_day(here, document):
     """By the file server's clock, of its document and its files."""
@@ -241,6 +254,19 @@ def test_a_writer_that_cannot_be_judged_is_presumed_dead_after_a_day(here, docum
     assert file.exists()
     reap(here, server_now_s=touched_s + PRESUMED_DEAD_S + 60, thorough=document is None)
     assert not file.exists()
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_what_cannot_be_looked_at_is_not_reaped(tmp_path, error):
+    """A sick server shows nobody that a file is old."""
+    faulty = FaultyOs(QuickOs())
+    here = Fixture(str(tmp_path / "root"), faulty)
+    file = orphan(here, WRITER, changed(host="elsewhere"))
+    faulty.reset(When(fault=Fail(error), name="stat", forever=True))
+
+    reap(here, server_now_s=time.time() + 2 * PRESUMED_DEAD_S, thorough=True)
+
+    assert file.exists()
 
 
 def test_a_refreshed_writer_lives_on(here):
