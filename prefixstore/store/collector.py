@@ -2,15 +2,21 @@
 
 One thread, started with the first request, takes one request at a time; a request made twice while it
 waits is one. It ends between two directories, or two victims, when the store closes.
+
+Of several hosts at their quota one evicts, the one that has the lease (``prefixstore.tree.lease``); the
+others ask again until it has made room. A root on which no lease can be had, full or broken, is evicted
+from all the same.
 """
 
 import logging
 import threading
+from collections.abc import Callable
 
 from prefixstore.errors import ClosedError, PrefixStoreError
 from prefixstore.store.evictor import Evictor
 from prefixstore.store.parts import Parts
 from prefixstore.store.reconcile import reconcile
+from prefixstore.tree.lease import BEAT_S, Lease
 
 __all__ = ["Collector"]
 
@@ -31,6 +37,7 @@ class Collector:
     def __init__(self, parts: Parts, evictor: Evictor) -> None:
         self._parts = parts
         self._evictor = evictor
+        self._lease = Lease(parts.root, holder=parts.tree.writer, clock=parts.clock)
         self._clock = parts.clock
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -149,6 +156,22 @@ class Collector:
         return self._closing
 
     def _evict(self) -> None:
+        has_lease = True
+        try:
+            if not self._lease.acquire():
+                self._parts.counters.add(evictions_left=1)
+                # Another host is at it; what it frees shows in the figures once they are read anew.
+                self._evict_at_s = self._clock.monotonic_s() + BEAT_S
+                return
+        except PrefixStoreError as error:
+            has_lease = False
+            LOG.info("prefixstore evicts without the lease: %s", error)
+        try:
+            self._evict_until(lambda: self._closing or (has_lease and not self._lease.renew()))
+        finally:
+            self._lease.release()
+
+    def _evict_until(self, stop: Callable[[], bool]) -> None:
         parts = self._parts
         full, self._full = self._full, False
         report = self._evictor.evict(
@@ -156,7 +179,7 @@ class Collector:
             max_age_s=None,
             dry_run=False,
             scan=True,
-            stop=lambda: self._closing,
+            stop=stop,
         )
         parts.space.forget()
         parts.counters.add(evictions=1)
