@@ -115,6 +115,19 @@ def test_touches_on_disk_are_sampled(open_store: OpenStore) -> None:
     assert disk.count("touch") == 15
 
 
+def test_a_chunk_that_existed_is_due_for_a_touch(open_store: OpenStore) -> None:
+    """Storing what is there already writes nothing, so its time on disk is still the old one."""
+    keys = chain("a", 3)
+    store_chain(open_store(), keys)
+    disk = FaultyOs(RealOs())
+    other = open_store(index=None, os_calls=disk)
+    store_chain(other, keys)
+    other.touch(keys)
+    other.work()
+
+    assert disk.count("touch") == 3
+
+
 def test_age_evicts_whatever_the_size(open_store: OpenStore) -> None:
     """With an age alone nothing young goes."""
     clock = ManualClock()
@@ -200,6 +213,43 @@ def test_chunks_in_flight_are_left(open_store: OpenStore) -> None:
     assert payload_of(keys[3]) == load(store, keys[3])
     assert there(store, keys) == [True] * 4, "its ancestors have a child, so they stay, too"
     assert seen[0].evicted_chunks == 0
+
+
+def test_the_parent_of_a_chunk_that_is_being_stored_is_left(open_store: OpenStore) -> None:
+    """Its child has no row yet, so the transfer has to count."""
+    keys = chain("a", 2)
+    seen = []
+
+    class Evicting(FaultyOs):
+        """Evicts everything just before the second chunk gets its name."""
+
+        def link(self, source: str, target: str) -> None:
+            if target.endswith(f"{keys[1].hex()}.kv"):
+                seen.append(store.evict(0))
+            super().link(source, target)
+
+    store = open_store(os_calls=Evicting(RealOs()))
+    store_chain(store, keys)
+
+    assert seen[0].evicted_chunks == 0
+    assert there(store, keys) == [True, True]
+
+
+def test_a_chunk_that_cannot_be_removed_keeps_its_ancestors(open_store: OpenStore) -> None:
+    """One refused unlink at the end of a chain, and the whole chain stays usable."""
+    disk, keys = FaultyOs(RealOs()), chain("a", 4)
+    store = open_store(os_calls=disk)
+    store_chain(store, keys)
+    disk.plan = When(
+        fault=Fail(errno.EBUSY),
+        name="unlink",
+        matches=lambda call: call.path.endswith(f"{keys[3].hex()}.kv"),
+    )
+    report = store.evict(0)
+
+    assert there(store, keys) == [True] * 4
+    assert report.kept == {"error": 1, "has_children": 3}
+    assert store.longest_prefix(keys) == 4
 
 
 def test_a_failed_unlink_keeps_the_chunk_counted(open_store: OpenStore) -> None:

@@ -169,11 +169,14 @@ def test_misses_are_remembered_for_their_time(open_store: OpenStore) -> None:
 
 def test_a_stored_chunk_is_found_though_it_was_missed_before(open_store: OpenStore) -> None:
     """Publishing ends the memory of a miss."""
-    store, keys = open_store(config={"miss_ttl_s": 1000}), chain("a", 2)
+    clock, keys = ManualClock(), chain("a", 2)
+    store = open_store(config={"miss_ttl_s": 1000}, clock=clock)
     store.longest_prefix(keys)
     store_chain(store, keys)
-
     assert store.longest_prefix(keys) == 2
+
+    clock.advance(10)
+    assert store.longest_prefix(keys) == 2, "before the index has heard of it, too"
 
 
 def test_a_chain_that_another_host_shortened_is_found_shorter(open_store: OpenStore) -> None:
