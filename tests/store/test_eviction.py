@@ -108,7 +108,8 @@ def test_touches_on_disk_are_sampled(open_store: OpenStore) -> None:
     assert disk.count("touch") == 0, "a blob that was just written has the time of now"
 
     for _ in range(3):
-        clock.advance(600)
+        # A little more: the disk's own clock may have ticked while the chain was stored.
+        clock.advance(610)
         store.touch(keys)
         store.touch(keys)
         store.work()
@@ -250,6 +251,33 @@ def test_a_chunk_that_cannot_be_removed_keeps_its_ancestors(open_store: OpenStor
     assert there(store, keys) == [True] * 4
     assert report.kept == {"error": 1, "has_children": 3}
     assert store.longest_prefix(keys) == 4
+
+
+def test_a_chunk_that_is_used_after_the_plan_is_left(open_store: OpenStore) -> None:
+    """Between plan and removal recency is looked at again, another process's on this host, too."""
+    clock, keys = ManualClock(), chain("a", 2)
+    looks: list[str] = []
+
+    class Using(FaultyOs):
+        """Uses the chunk once the plan is made: when the pins are looked at for the last time."""
+
+        def scan(self, path: str):
+            if path.endswith("/pins"):
+                looks.append(path)
+                if len(looks) == 3:
+                    clock.advance(5)
+                    neighbour.touch(keys)
+                    neighbour.work()
+            return super().scan(path)
+
+    neighbour = open_store(clock=clock)
+    store_chain(neighbour, keys)
+    neighbour.work()
+    store = open_store(clock=clock, os_calls=Using(RealOs()))
+    report = store.evict(0)
+
+    assert (report.planned_chunks, report.kept) == (2, {"used_meanwhile": 1, "has_children": 1})
+    assert there(store, keys) == [True, True]
 
 
 def test_a_failed_unlink_keeps_the_chunk_counted(open_store: OpenStore) -> None:

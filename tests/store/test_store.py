@@ -375,6 +375,20 @@ def test_failed_stores_pause_and_resume(open_store: OpenStore, error: int, reaso
     assert [outcome.reason for outcome in store_chain(store, more)] == [None] * 4
 
 
+def test_a_chunk_that_exists_does_not_end_a_pause(open_store: OpenStore) -> None:
+    """That a chunk is there says nothing about whether the disk takes another."""
+    clock, keys, more = ManualClock(), chain("a", 1), chain("b", 2)
+    disk = FaultyOs(RealOs())
+    store = open_store(os_calls=disk, clock=clock)
+    store_chain(store, keys)
+    disk.plan = When(fault=Fail(errno.ENOSPC), name="write_from", forever=True)
+    assert store_chain(store, more)[0].reason == "full"
+    clock.advance(1)
+
+    assert store_chain(store, keys)[0].existed
+    assert [outcome.reason for outcome in store_chain(store, more)] == ["paused", "paused"]
+
+
 def test_a_read_only_store_skips_stores(open_store: OpenStore) -> None:
     """It serves and writes nothing under the root."""
     keys = chain("a", 2)
