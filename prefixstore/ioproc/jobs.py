@@ -28,8 +28,10 @@ class Limits:
     Attributes:
         buffer_count: Staging buffers. Too few starve the disk; each costs a chunk of memory.
         buffer_bytes: The largest payload.
-        load_threads: Reads in flight.
-        store_threads: Writes in flight; they never delay loads but for the disk's own sake.
+        load_threads: Reads in flight. Fewer leave a disk idle that is far away; more than it can
+            serve at once only wait in the kernel instead of in the queue.
+        store_threads: Writes in flight. They share the disk with the loads that requests wait for, so
+            there are fewer; too few, and stores are dropped while the disk has nothing to do.
         find_deadline_s: A lookup that is not answered by then is a miss: the longest that a hung
             mount delays one request, once, until the breaker opens.
         load_deadline_s: Loads that make no progress for so long fail, and are recomputed.
@@ -44,8 +46,8 @@ class Limits:
 
     buffer_count: int
     buffer_bytes: int
-    load_threads: int = 4
-    store_threads: int = 2
+    load_threads: int = 8
+    store_threads: int = 4
     find_deadline_s: float = 2.0
     load_deadline_s: float = 10.0
     store_deadline_s: float = 30.0

@@ -1,8 +1,9 @@
 """What the engine's side and the I/O process say to each other.
 
-Frames on a Unix stream socket: a little-endian u32 length, then one MessagePack document of a type
-below, chosen by its tag. No pickle: a frame that does not fit its type is refused, and the peer with
-it. Payload bytes never travel here; they lie in the arena, named by a buffer's number.
+Each message is one MessagePack document of a type below, chosen by its tag. Loads, stores and their
+replies travel as packets, all else in frames on a stream: a little-endian u32 length, then the document.
+No pickle: what does not fit its type is refused, and the peer with it. Payload bytes never travel here;
+they lie in the arena, named by a buffer's number.
 
 ``ticket`` is chosen by the engine's side and comes back in the reply; each request but ``Touch``,
 ``Configure`` and ``Stop`` has exactly one reply. Deadlines are absolute, on the monotonic clock, which
@@ -19,6 +20,7 @@ from prefixstore.errors import InvalidError
 
 __all__ = [
     "FRAME_BYTES_MAX",
+    "PACKET_BYTES_MAX",
     "Configure",
     "Counters",
     "Find",
@@ -34,6 +36,8 @@ __all__ = [
     "Store",
     "Stored",
     "Touch",
+    "decode_packet",
+    "encode",
     "encode_frame",
     "reply_decoder",
     "request_decoder",
@@ -41,6 +45,8 @@ __all__ = [
 
 FRAME_BYTES_MAX = 96 * 2**20
 """Bounds what a broken peer can make us reserve: a chain of a million keys still fits."""
+PACKET_BYTES_MAX = 2048
+"""Two keys, some numbers and a reason: longer packets would be cut, and then refused."""
 
 State = Literal["on", "read_only", "opening", "off"]
 """What the store can do now. ``opening``: the root has not answered yet."""
@@ -156,6 +162,23 @@ _LENGTH = struct.Struct("<I")
 _ENCODER = msgspec.msgpack.Encoder()
 
 
+def encode(message: Request | Reply) -> bytes:
+    """Encode one message as a packet."""
+    return _ENCODER.encode(message)
+
+
+def decode_packet(decoder: msgspec.msgpack.Decoder[M], packet: bytes) -> M:
+    """Decode one message.
+
+    Raises:
+        InvalidError: The peer does not speak this protocol.
+    """
+    try:
+        return decoder.decode(packet)
+    except msgspec.DecodeError as error:
+        raise InvalidError(f"{len(packet)} bytes are no message: {error}") from error
+
+
 def encode_frame(message: Request | Reply) -> bytes:
     """Encode one message with its length before it."""
     body = _ENCODER.encode(message)
@@ -190,10 +213,7 @@ class FrameReader(Generic[M]):
                 return
             body = bytes(self._pending[_LENGTH.size : end])
             del self._pending[:end]
-            try:
-                yield self._decoder.decode(body)
-            except msgspec.DecodeError as error:
-                raise InvalidError(f"a frame of {length} bytes is no message: {error}") from error
+            yield decode_packet(self._decoder, body)
 
 
 def request_decoder() -> msgspec.msgpack.Decoder[Request]:

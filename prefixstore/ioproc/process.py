@@ -1,32 +1,27 @@
 """One run of the I/O process: start it, talk to it without ever blocking, kill it.
 
-Not thread-safe: its owner, the pump thread of ``prefixstore.ioproc.client``, is the only caller.
+Not thread-safe: its owner, ``prefixstore.ioproc.pump``, is the only caller.
 A process that was killed while a thread of it hangs in the kernel stays a zombie-to-be until the mount
 lets go; ``reaped`` tells, and the owner bounds how many of those it accepts.
 """
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 from prefixstore.errors import UnavailableError
 from prefixstore.ioproc.arena import Arena
-from prefixstore.ioproc.messages import (
-    FrameReader,
-    Reply,
-    Request,
-    encode_frame,
-    reply_decoder,
-)
+from prefixstore.ioproc.channels import Channel, Lane, Stream
+from prefixstore.ioproc.messages import Load, Request, Store
 
 __all__ = ["IoProcess"]
 
-RECEIVE_BYTES = 2**16
 OUTBOX_BYTES_MAX = 64 * 2**20
 """Requests that a stopped process has not read; beyond this it is treated as gone."""
 
@@ -35,20 +30,27 @@ DAMAGE_SIGNALS = frozenset({signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT})
 
 
 class IoProcess:
-    """A running child with its stream and its arena.
+    """A running child with its channels and its arena.
 
     Attributes:
         arena: The buffers shared with this child; they die with it.
-        stream: Readable when replies wait; register it with a selector.
+        channels: All ways to it; replies come on the one that the request went.
     """
 
-    def __init__(self, child: subprocess.Popen[bytes], stream: socket.socket, arena: Arena) -> None:
+    def __init__(
+        self,
+        child: subprocess.Popen[bytes],
+        arena: Arena,
+        *,
+        stream: socket.socket,
+        loads: socket.socket,
+        stores: socket.socket,
+    ) -> None:
         self.arena = arena
-        self.stream = stream
         self._child = child
-        self._reader = FrameReader(reply_decoder())
-        self._outbox: deque[memoryview] = deque()
-        self._outbox_bytes = 0
+        self._stream = Stream(stream)
+        self._lanes = {Load: Lane(loads), Store: Lane(stores)}
+        self.channels: tuple[Channel, ...] = (self._stream, *self._lanes.values())
 
     @classmethod
     def start(cls, *, buffer_count: int, buffer_bytes: int) -> Self:
@@ -57,44 +59,36 @@ class IoProcess:
         Raises:
             UnavailableError: The machine has no memory, file descriptors or processes left.
         """
-        arena: Arena | None = None
-        try:
-            arena = Arena.create(count=buffer_count, payload_bytes=buffer_bytes)
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-            with theirs:
-                child = subprocess.Popen(  # noqa: S603 - our own module, our own interpreter
-                    [
-                        sys.executable,
-                        "-P",
-                        "-m",
-                        "prefixstore.ioproc.server",
-                        str(theirs.fileno()),
-                        str(arena.fd),
-                    ],
-                    pass_fds=(theirs.fileno(), arena.fd),
-                    stdin=subprocess.DEVNULL,
-                    env=_child_environment(),
-                    # Signals to the engine's group are the engine's; the end of the stream is ours.
-                    start_new_session=True,
-                )
-        except OSError as error:
-            if arena is not None:
-                arena.close()
-            raise UnavailableError(
-                error.errno, f"cannot start the I/O process: {error.strerror}"
-            ) from error
-        ours.setblocking(False)
-        return cls(child, ours, arena)
+        with contextlib.ExitStack() as undo:
+            try:
+                arena = Arena.create(count=buffer_count, payload_bytes=buffer_bytes)
+                undo.callback(arena.close)
+                pairs = [
+                    socket.socketpair(socket.AF_UNIX, kind)
+                    for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_SEQPACKET)
+                ]
+                for ours, _ in pairs:
+                    undo.callback(ours.close)
+                with contextlib.ExitStack() as theirs:
+                    ends = [theirs.enter_context(end) for _, end in pairs]
+                    child = _start([*(end.fileno() for end in ends), arena.fd])
+            except OSError as error:
+                raise UnavailableError(
+                    error.errno, f"cannot start the I/O process: {error.strerror}"
+                ) from error
+            undo.pop_all()
+        stream, loads, stores = (ours for ours, _ in pairs)
+        return cls(child, arena, stream=stream, loads=loads, stores=stores)
 
     @property
     def wants_to_send(self) -> bool:
-        """Whether requests wait for the stream to become writable."""
-        return bool(self._outbox)
+        """Whether requests wait for a channel to become writable."""
+        return any(channel.outbox_bytes for channel in self.channels)
 
     @property
     def overflowed(self) -> bool:
         """Whether the child has stopped reading for so long that it counts as gone."""
-        return self._outbox_bytes > OUTBOX_BYTES_MAX
+        return sum(channel.outbox_bytes for channel in self.channels) > OUTBOX_BYTES_MAX
 
     @property
     def pid(self) -> int:
@@ -102,42 +96,8 @@ class IoProcess:
         return self._child.pid
 
     def send(self, request: Request) -> None:
-        """Queue one request and write what the stream takes now."""
-        frame = encode_frame(request)
-        self._outbox.append(memoryview(frame))
-        self._outbox_bytes += len(frame)
-        self.flush()
-
-    def flush(self) -> None:
-        """Write what the stream takes now; a broken stream shows at the next ``receive``."""
-        try:
-            while self._outbox:
-                frame = self._outbox[0]
-                sent = self.stream.send(frame)
-                self._outbox_bytes -= sent
-                if sent < len(frame):
-                    self._outbox[0] = frame[sent:]
-                    return
-                self._outbox.popleft()
-        except BlockingIOError:
-            return
-        except OSError:
-            self._outbox.clear()
-            self._outbox_bytes = 0
-
-    def receive(self) -> tuple[list[Reply], bool]:
-        """Read what has arrived. Returns the replies and whether the stream is still open."""
-        replies: list[Reply] = []
-        while True:
-            try:
-                data = self.stream.recv(RECEIVE_BYTES)
-            except BlockingIOError:
-                return replies, True
-            except OSError:
-                return replies, False
-            if not data:
-                return replies, False
-            replies.extend(self._reader.feed(data))
+        """Queue one request and write what its channel takes now."""
+        self._lanes.get(type(request), self._stream).send(request)
 
     def reaped(self) -> bool:
         """Whether the child has left the process table, with all its threads."""
@@ -157,14 +117,27 @@ class IoProcess:
         return True
 
     def kill(self) -> None:
-        """Send SIGKILL and let go of the stream and the arena, without waiting.
+        """Send SIGKILL and let go of the channels and the arena, without waiting.
 
         The child can never touch anything of the engine's: it knows only the arena, and that lives
         on for as long as the child does.
         """
         self._child.kill()
-        self.stream.close()
+        for channel in self.channels:
+            channel.socket.close()
         self.arena.close()
+
+
+def _start(fds: Sequence[int]) -> subprocess.Popen[bytes]:
+    """Start the child with the descriptors that it inherits, in the order that it knows."""
+    return subprocess.Popen(  # noqa: S603 - our own module, our own interpreter
+        [sys.executable, "-P", "-m", "prefixstore.ioproc.server", *map(str, fds)],
+        pass_fds=fds,
+        stdin=subprocess.DEVNULL,
+        env=_child_environment(),
+        # Signals to the engine's group are the engine's; the end of the stream is ours.
+        start_new_session=True,
+    )
 
 
 def _child_environment() -> dict[str, str]:

@@ -6,7 +6,6 @@ replaced whole. A child that dies, hangs or cannot be started costs the operatio
 answered as misses, and is replaced after a growing delay.
 """
 
-import contextlib
 import logging
 import os
 import selectors
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 
 from prefixstore.clock import Clock
 from prefixstore.errors import InvalidError, UnavailableError
+from prefixstore.ioproc.channels import Channel
 from prefixstore.ioproc.jobs import (
     ChunkLoad,
     ChunkStore,
@@ -133,6 +133,7 @@ class Pump:
         self._discard_index = False
         self._root_was_there = False
         self._closing = False
+        self._watches_writes = False
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake, selectors.EVENT_READ)
@@ -191,10 +192,10 @@ class Pump:
 
     def _turn(self) -> None:
         self._keep_a_process()
-        self._await_events()
+        ready = self._await_events()
         while self._work:
             self._work.popleft()()
-        self._receive()
+        self._receive(ready)
         self._lend_buffers()
         self._watch_for_a_hang()
 
@@ -221,7 +222,8 @@ class Pump:
             return
         self._process = process
         self._free_buffers = list(range(self._limits.buffer_count))
-        self._selector.register(process.stream, selectors.EVENT_READ)
+        for channel in process.channels:
+            self._selector.register(channel.socket, selectors.EVENT_READ, channel)
         process.send(
             Configure(
                 root=self._target.root,
@@ -240,18 +242,25 @@ class Pump:
         self._restart_at_s = now_s + self._restart_delay_s
         self._restart_delay_s = min(2 * self._restart_delay_s, RESTART_LONGEST_S)
 
-    def _await_events(self) -> None:
+    def _await_events(self) -> list[Channel]:
+        """Sleep until there is something to do; return the channels on which replies wait."""
         process = self._process
-        if process is not None:
-            wanted = selectors.EVENT_READ
-            if process.wants_to_send:
-                wanted |= selectors.EVENT_WRITE
-            self._selector.modify(process.stream, wanted)
-        self._selector.select(TICK_S)
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._wake)
-        if process is not None:
-            process.flush()
+        if process is not None and (process.wants_to_send or self._watches_writes):
+            self._watches_writes = process.wants_to_send
+            for channel in process.channels:
+                writes = selectors.EVENT_WRITE if channel.outbox_bytes else 0
+                self._selector.modify(channel.socket, selectors.EVENT_READ | writes, channel)
+        ready = []
+        for key, events in self._selector.select(TICK_S):
+            channel = key.data
+            if channel is None:
+                os.eventfd_read(self._wake)
+                continue
+            if events & selectors.EVENT_WRITE:
+                channel.flush()
+            if events & selectors.EVENT_READ:
+                ready.append(channel)
+        return ready
 
     def _send_find(self, job: Job, *, chained: bool) -> None:
         process = self._process
@@ -331,19 +340,18 @@ class Pump:
             )
         )
 
-    def _receive(self) -> None:
-        process = self._process
-        if process is None:
-            return
-        try:
-            replies, is_open = process.receive()
-        except InvalidError as error:
-            self._lose_process(f"the I/O process spoke nonsense: {error}")
-            return
-        for reply in replies:
-            self._take_reply(reply)
-        if not is_open:
-            self._lose_process("the I/O process died", exit_wait_s=EXIT_WAIT_S)
+    def _receive(self, ready: Sequence[Channel]) -> None:
+        for channel in ready:
+            try:
+                replies, is_open = channel.receive()
+            except InvalidError as error:
+                self._lose_process(f"the I/O process spoke nonsense: {error}")
+                return
+            for reply in replies:
+                self._take_reply(reply)
+            if not is_open:
+                self._lose_process("the I/O process died", exit_wait_s=EXIT_WAIT_S)
+                return
 
     def _take_reply(self, reply: Reply) -> None:
         match reply:
@@ -446,7 +454,8 @@ class Pump:
         """
         process, self._process = self._process, None
         if process is not None:
-            self._selector.unregister(process.stream)
+            for channel in process.channels:
+                self._selector.unregister(channel.socket)
             self._discard_index = process.wait(exit_wait_s) and process.died_of_damage()
             process.kill()
             if not process.wait(KILL_WAIT_S):

@@ -1,12 +1,12 @@
 """The I/O process: opens the store, then answers requests until its engine is gone.
 
-Started by ``prefixstore.ioproc.process`` as ``python -m prefixstore.ioproc.server SOCKET ARENA`` with
-two inherited file descriptors. It owns every file, lock and LMDB page of the store, so that a hung
+Started by ``prefixstore.ioproc.process`` as ``python -m prefixstore.ioproc.server`` with the inherited
+file descriptors of the stream, the lanes for loads and for stores, and the arena. It owns every file, lock and LMDB page of the store, so that a hung
 mount, a damaged index or the GIL of busy I/O threads can hurt this process and never the engine.
 
-Threads: the main thread reads requests and queues them; fixed pools answer, one for each kind of
-request, so that loads never wait behind stores. A thread that hangs in the kernel is not replaced:
-the engine's side notices the deadline, kills this process and starts another.
+Threads: the main thread reads the stream; pools answer (``prefixstore.ioproc.pools``), those for loads
+and stores straight from their lanes. A thread that hangs in the kernel is not replaced: the engine's
+side notices the deadline, kills this process and starts another.
 
 When the stream ends without ``Stop`` the engine was killed: stores that were queued lie complete in
 the arena, so they are still published, for a bounded time, before this process leaves.
@@ -15,12 +15,10 @@ the arena, so they are still published, for a bounded time, before this process 
 import contextlib
 import errno
 import logging
-import queue
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
 
 import msgspec
 
@@ -47,6 +45,7 @@ from prefixstore.ioproc.messages import (
     encode_frame,
     request_decoder,
 )
+from prefixstore.ioproc.pools import LanePool, Pool, QueuePool
 from prefixstore.keys import Fields, Key
 from prefixstore.store import Chunk, Miss, PrefixStore
 
@@ -66,47 +65,29 @@ READ_ONLY_ERRNOS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 """A root that may not be written still has hits to give."""
 
 
-class _Pool:
-    """A fixed number of threads that answer one kind of request, in order of arrival."""
-
-    def __init__(self, *, name: str, threads: int, answer: Callable[[Request], None]) -> None:
-        self._queue: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
-        self._answer = answer
-        self._threads = [
-            threading.Thread(target=self._run, name=f"{name}-{i}", daemon=True)
-            for i in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def put(self, request: Request) -> None:
-        """Queue one request; bounded by the arena's buffers and the engine's outstanding finds."""
-        self._queue.put(request)
-
-    def finish(self, *, until_s: float, clock: Clock) -> None:
-        """Answer what is queued, then end the threads; give up at ``until_s``."""
-        for _ in self._threads:
-            self._queue.put(None)
-        for thread in self._threads:
-            thread.join(timeout=max(0.0, until_s - clock.monotonic_s()))
-
-    def _run(self) -> None:
-        while (request := self._queue.get()) is not None:
-            self._answer(request)
-
-
 class Server:
     """One store, served to one engine. ``run`` returns when the engine has gone."""
 
-    def __init__(self, stream: socket.socket, arena_fd: int, *, clock: Clock) -> None:
+    def __init__(
+        self,
+        stream: socket.socket,
+        arena_fd: int,
+        *,
+        loads: socket.socket,
+        stores: socket.socket,
+        clock: Clock,
+    ) -> None:
         self._stream = stream
+        self._loads = loads
+        self._stores = stores
         self._arena_fd = arena_fd
         self._clock = clock
         self._send_lock = threading.Lock()
         self._leaving = threading.Event()
         self._store: PrefixStore | None = None
         self._arena: Arena | None = None
-        self._pools: dict[type[Request], _Pool] = {}
+        self._lookups = QueuePool(name="lookup", threads=1, answer=self._answer, send=self._send)
+        self._pools: list[Pool] = []
 
     def run(self) -> None:
         """Serve until ``Stop`` or the end of the stream."""
@@ -126,19 +107,20 @@ class Server:
         if isinstance(request, Configure):
             self._configure(request)
         else:
-            self._pools[type(request)].put(request)
+            self._lookups.put(request)
 
     def _configure(self, request: Configure) -> None:
         self._arena = Arena.attach(
             self._arena_fd, count=request.buffer_count, payload_bytes=request.buffer_bytes
         )
-        lookups = _Pool(name="lookup", threads=1, answer=self._answer)
-        self._pools = {
-            Find: lookups,
-            Touch: lookups,
-            Load: _Pool(name="load", threads=request.load_threads, answer=self._answer),
-            Store: _Pool(name="store", threads=request.store_threads, answer=self._answer),
-        }
+        load_threads, store_threads = request.load_threads, request.store_threads
+        self._pools = [
+            self._lookups,
+            LanePool(self._loads, name="load", threads=load_threads, answer=self._answer),
+            LanePool(self._stores, name="store", threads=store_threads, answer=self._answer),
+        ]
+        for pool in self._pools:
+            pool.start()
         threading.Thread(target=self._open, args=(request,), name="open", daemon=True).start()
         threading.Thread(target=self._report_counters, name="counters", daemon=True).start()
 
@@ -148,6 +130,8 @@ class Server:
         config = msgspec.json.decode(request.options, type=StoreConfig)
         fields = msgspec.json.decode(request.namespace) if request.namespace else None
         self._send(Opened(state="opening", reason=f"opening {request.root}"))
+        assert self._arena is not None, "configured before"
+        self._arena.populate()
         while not self._leaving.is_set():
             try:
                 store = _open_as_permitted(request, fields, config)
@@ -161,15 +145,13 @@ class Server:
             self._send(Opened(state=state, reason=f"serving {request.root}"))
             return
 
-    def _answer(self, request: Request) -> None:
+    def _answer(self, request: Request) -> Reply | None:
         """Answer one request; an exception here is a bug of ours and still gets its reply."""
         try:
-            reply = self._reply_to(request)
+            return self._reply_to(request)
         except Exception:
             logger.exception("answering %s", type(request).__name__)
-            reply = _refuse(request, "error")
-        if reply is not None:
-            self._send(reply)
+            return _refuse(request, "error")
 
     def _reply_to(self, request: Request) -> Reply | None:
         store = self._store
@@ -252,7 +234,7 @@ class Server:
     def _finish(self) -> None:
         self._leaving.set()
         until_s = self._clock.monotonic_s() + FINISH_S
-        for pool in set(self._pools.values()):
+        for pool in self._pools:
             pool.finish(until_s=until_s, clock=self._clock)
         if self._store is not None:
             self._store.close()
@@ -315,13 +297,14 @@ def _refuse(request: Request, reason: str) -> Reply | None:
 
 
 def main() -> None:
-    """Run the I/O process on the two file descriptors named in the arguments."""
-    socket_fd, arena_fd = (int(argument) for argument in sys.argv[1:3])
+    """Run the I/O process on the file descriptors named in the arguments."""
+    *sockets, arena_fd = (int(argument) for argument in sys.argv[1:])
     logging.basicConfig(format="%(levelname)s prefixstore: %(message)s")
     # An interrupt of the terminal is the engine's to answer; it then stops us in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with socket.socket(fileno=socket_fd) as stream:
-        Server(stream, arena_fd, clock=SystemClock()).run()
+    with contextlib.ExitStack() as stack:
+        stream, loads, stores = (stack.enter_context(socket.socket(fileno=fd)) for fd in sockets)
+        Server(stream, arena_fd, loads=loads, stores=stores, clock=SystemClock()).run()
 
 
 if __name__ == "__main__":
