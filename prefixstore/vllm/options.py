@@ -64,8 +64,8 @@ class TierOptions(StoreConfig, frozen=True, kw_only=True, forbid_unknown_fields=
     root: str
     namespace: str | None = None
     buffers_bytes: Annotated[int, Meta(ge=2**20)] = 256 * 2**20
-    load_threads: Annotated[int, Meta(ge=1, le=64)] = 4
-    store_threads: Annotated[int, Meta(ge=1, le=64)] = 2
+    load_threads: Annotated[int, Meta(ge=1, le=64)] = 8
+    store_threads: Annotated[int, Meta(ge=1, le=64)] = 4
     find_deadline_s: POSITIVE_SECONDS = 2.0
     load_deadline_s: POSITIVE_SECONDS = 10.0
     store_deadline_s: POSITIVE_SECONDS = 30.0
