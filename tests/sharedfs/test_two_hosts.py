@@ -86,7 +86,7 @@ def test_two_hosts_that_publish_one_key_publish_it_once(hosts: Hosts) -> None:
     winners = [a_existed + b_existed for a_existed, b_existed in zip(by_a, by_b, strict=True)]
     assert winners == [1] * len(keys)
     assert len(hosts.files("ns/*/*/*/*.kv")) == len(keys)
-    assert hosts.files("ns/*/*/.*.tmp") == []
+    assert hosts.files("ns/**/.*.tmp") == []
     assert [load(store, key) for store in (a, b) for key in keys] == [
         payload_of(key) for key in keys * 2
     ]
