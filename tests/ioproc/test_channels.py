@@ -144,7 +144,7 @@ def test_a_pool_answers_a_killed_engine_to_the_end():
             answered.append(request.ticket)
             return loaded(request.ticket)
 
-        pool = LanePool(theirs, name="test", threads=2, answer=note)
+        pool = LanePool(theirs, name="test", threads=1, answer=note)
         pool.start()
         pool.finish(until_s=clock.monotonic_s() + PATIENCE_S, clock=clock)
 
