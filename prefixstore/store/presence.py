@@ -43,21 +43,13 @@ class Presence:
     def longest_prefix(self, keys: Sequence[Key]) -> int:
         """Return how many leading keys of one chain are stored."""
         known = self._hints.known_prefix(self._namespace, keys)
-        if known and self._look(keys[known - 1]) is None:
-            return self._shorter_prefix(keys[:known])
-        rest = keys[known:]
-        sizes: dict[int, int] = {}
-
-        def is_there(at: int) -> bool:
-            size = self._look(rest[at])
-            if size:
-                sizes[at] = size
-            return size is not None
-
-        found = gallop(len(rest), is_there)
-        if found:
-            self._keeper.learnt(self._entries(keys, known, found, sizes))
-        return known + found
+        try:
+            if known and self._look(keys[known - 1]) is None:
+                return self._shorter_prefix(keys[:known])
+        except PrefixStoreError:
+            # A root that does not answer a stat would not answer a load, either.
+            return 0
+        return known + self._longer_prefix(keys, known)
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         """Return for each key, in whatever order, whether it is stored."""
@@ -69,11 +61,33 @@ class Presence:
             if probes == PROBES_MAX:
                 break
             probes += 1
-            size = self._look(key)
+            try:
+                size = self._look(key)
+            except PrefixStoreError:
+                break
             if size is not None:
                 answers[at] = True
                 self._keeper.learnt([self._entry(key, parent=None, file_bytes=size)])
         return answers
+
+    def _longer_prefix(self, keys: Sequence[Key], known: int) -> int:
+        """Return how many chunks follow the ``known`` ones on disk, and have the index learn them."""
+        rest = keys[known:]
+        sizes: dict[int, int] = {}
+
+        def is_there(at: int) -> bool:
+            size = self._look(rest[at])
+            if size:
+                sizes[at] = size
+            return size is not None
+
+        try:
+            found = gallop(len(rest), is_there)
+        except PrefixStoreError:
+            return 0
+        if found:
+            self._keeper.learnt(self._entries(keys, known, found, sizes))
+        return found
 
     def _shorter_prefix(self, keys: Sequence[Key]) -> int:
         """Look for the end of a chain whose last key is in the index and not on disk."""
@@ -83,7 +97,11 @@ class Presence:
         return found
 
     def _look(self, key: Key) -> int | None:
-        """Return the blob's file bytes, 0 if it was seen a moment ago, None if it is missing."""
+        """Return the blob's file bytes, 0 if it was seen a moment ago, None if it is missing.
+
+        Raises:
+            PrefixStoreError: Nobody knows; asked again at the next lookup.
+        """
         if key in self._present:
             return 0
         if key in self._missing:
@@ -92,9 +110,8 @@ class Presence:
         try:
             size = self._tree.probe(self._namespace, key)
         except PrefixStoreError:
-            # Nobody knows: missing for now, and asked again at the next lookup.
             self._counters.add(probes_failed=1)
-            return None
+            raise
         if size is None:
             self._missing.add(key)
         else:

@@ -352,6 +352,24 @@ def test_lookups_survive_a_root_that_does_not_answer(open_store: OpenStore) -> N
     assert store.longest_prefix(keys) == 3
 
 
+def test_a_root_that_does_not_answer_costs_no_knowledge(open_store: OpenStore) -> None:
+    """One failed stat ends the lookup; what the index knew it still knows afterwards."""
+    clock, keys = ManualClock(), chain("a", 50)
+    disk = FaultyOs(RealOs())
+    store = open_store(os_calls=disk, clock=clock)
+    store_chain(store, keys)
+    store.work()
+    clock.advance(60)
+    disk.plan = When(fault=Fail(errno.EIO), name="stat", forever=True)
+    assert (store.longest_prefix(keys), store.contains(chain("b", 9))) == (0, [False] * 9)
+    assert store.counters()["probes_failed"] == 2
+
+    disk.plan = ()
+    probes = store.counters()["probes"]
+    assert store.longest_prefix(keys) == 50
+    assert store.counters()["probes"] == probes + 1
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [(errno.ENOSPC, "full"), (errno.EDQUOT, "full"), (errno.EIO, "unavailable")],
