@@ -1,0 +1,31 @@
+"""Chooses the benchmark that the command line names."""
+
+import argparse
+import importlib
+import sys
+
+VERBS = {
+    "io": ("io_speed", "loads and stores beside vLLM's fs tier and fio"),
+    "scheduler": ("scheduler", "what I/O costs a scheduler's loop"),
+    "index": ("index", "what the index's calls cost"),
+}
+
+
+def main() -> None:
+    """Run one benchmark; its own options follow its name."""
+    parser = argparse.ArgumentParser(
+        prog="tools/bench",
+        description=__doc__,
+        epilog="; ".join(f"{verb}: {about}" for verb, (_, about) in VERBS.items()),
+    )
+    parser.add_argument(
+        "verb", choices=VERBS, help="what to measure; VERB --help tells its options"
+    )
+    options = parser.parse_args(sys.argv[1:2])
+    module, _ = VERBS[options.verb]
+    sys.argv = [f"tools/bench {options.verb}", *sys.argv[2:]]
+    importlib.import_module(f"benchmarks.{module}").main()
+
+
+if __name__ == "__main__":
+    main()
