@@ -18,7 +18,7 @@ from prefixstore.keys import Key
 if TYPE_CHECKING:
     from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
-__all__ = ["check_version", "engine_version", "request_keys", "unname_region"]
+__all__ = ["check_version", "engine_version", "release_region", "request_keys", "unname_region"]
 
 logger = logging.getLogger("prefixstore")
 
@@ -75,3 +75,10 @@ def unname_region(region: "SharedOffloadRegion") -> None:
     for name in (path, *path.parent.glob(f"{path.name}.*")):
         name.unlink(missing_ok=True)
     region._creator = False  # noqa: SLF001 - its cleanup would remove the names once more
+
+
+def release_region(region: "SharedOffloadRegion") -> None:
+    """Unmap a worker's region; its name may have been removed by the scheduler's process."""
+    if not Path(region.mmap_path).exists():
+        region._creator = False  # noqa: SLF001 - its cleanup would complain of the missing name
+    region.cleanup()

@@ -13,7 +13,8 @@ request:
 4. each key of the match is answered HIT once; every other question is answered MISS.
 
 Rule 4 is what ends a prefix longer than the CPU tier: a chunk that was promoted and evicted before use
-is not promoted again for the same request, which would go on for ever.
+is not promoted again for the same request, which would go on for ever. All promotions of a request
+together are no more than the tier has slots, so that its later chunks do not turn out its first ones.
 """
 
 import itertools
@@ -118,6 +119,11 @@ class RequestLookup:
         """Work out the match: what is worth a HIT and was not answered yet, front to back."""
         groups = [(g.ends, g.present, g.chained) for g in self._groups.values()]
         return [key for key in match(groups) if key not in self._answered]
+
+    @property
+    def hits(self) -> int:
+        """How many keys were answered HIT so far."""
+        return len(self._answered)
 
     def decide(self, admitted: Iterable[Key]) -> None:
         """Fix the answers: HIT once for each admitted key, MISS for the rest."""

@@ -349,9 +349,10 @@ class PrefixStoreTier(SecondaryTierManager):
     def _decide(self, request_id: str, request: _Request) -> None:
         """Admit the match of a request whose verdicts are all in, if there is room for it."""
         wanted = request.lookup.wanted()
-        fitting = wanted[: self._budget.slots]
+        fitting = wanted[: max(0, self._budget.slots - request.lookup.hits)]
         if not fitting:
             request.lookup.decide(())
+            self._metrics.count(metrics.DECLINED_HITS, "no_room", by=len(wanted))
             return
         now_s = self._clock.monotonic_s()
         if request.waits_since_s is None:

@@ -21,6 +21,8 @@ from vllm.v1.kv_offload.base import (
     TransferResult,
 )
 
+from prefixstore.vllm.compat import release_region
+
 if TYPE_CHECKING:
     import numpy as np
     from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
@@ -154,4 +156,4 @@ class HostCopyWorker(OffloadingWorker):
     def shutdown(self) -> None:
         self._device_pages.clear()
         self._slot_pages.clear()
-        self._region.cleanup()
+        release_region(self._region)

@@ -1,6 +1,8 @@
 """What every engine test shares: the marker, the models, started engines, their logs on failure."""
 
 import importlib.util
+import itertools
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ import pytest
 from tests.vllm import models
 from tests.vllm.engine import Engine, EngineConfig, ForkServer, fork_server
 from tests.vllm.server import ApiServer
+from tests.vllm.stores import CHUNKS, FLOAT32, PROMPTS, Place, Reference
 
 HERE = Path(__file__).parent
 LOGS = pytest.StashKey[list[Path]]()
 
 StartEngine = Callable[..., Engine]
 StartServer = Callable[..., ApiServer]
+NewPlace = Callable[..., Place]
 
 # Without the engine a plain `pytest` still runs everything else.
 if importlib.util.find_spec("vllm") is None:
@@ -111,3 +115,66 @@ def tiny_llama() -> Path:
 def smollm2() -> Path:
     """Give SmolLM2-135M-Instruct."""
     return models.smollm2()
+
+
+@pytest.fixture
+def new_place(start_engine: StartEngine, tmp_path: Path) -> NewPlace:
+    """Give a function that makes places: a machine each, by default all on one new root."""
+    names = itertools.count()
+
+    def make(*, root: Path | None = None, **options: Any) -> Place:
+        return Place(
+            root=root or tmp_path / "root",
+            cache=tmp_path / f"cache-{next(names)}",
+            start=start_engine,
+            options=options,
+        )
+
+    return make
+
+
+@pytest.fixture
+def place(new_place: NewPlace) -> Place:
+    """Give one machine on a new root."""
+    return new_place()
+
+
+@pytest.fixture(scope="session")
+def alone(
+    tiny_llama: Path, forks: ForkServer, tmp_path_factory: pytest.TempPathFactory
+) -> Reference:
+    """Give what the tiny Llama answers to the prompts without any store: cold, then from memory."""
+    config = EngineConfig(model=tiny_llama, llm=FLOAT32)
+    log = tmp_path_factory.mktemp("alone") / "engine.log"
+    with Engine.start(config, log=log, server=forks) as engine:
+        cold = engine.generate_each(PROMPTS, logprobs=1)
+        assert engine.reset_prefix_cache()
+        engine.generate_each(PROMPTS)
+        own_hit = engine.generate_each(PROMPTS, logprobs=1)
+    return Reference(cold=cold, own_hit=own_hit)
+
+
+@pytest.fixture(scope="session")
+def filled_root(
+    tiny_llama: Path, forks: ForkServer, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Give a root that holds all chunks of the prompts; never touched, tests copy it."""
+    directory = tmp_path_factory.mktemp("filled")
+
+    def start(model: Path, **fields: Any) -> Engine:
+        config = EngineConfig(model=model, **fields)
+        return Engine.start(config, log=directory / "engine.log", server=forks)
+
+    place = Place(root=directory / "root", cache=directory / "cache", start=start)
+    with place.engine(tiny_llama) as engine:
+        engine.generate_each(PROMPTS)
+        place.await_blobs(CHUNKS)
+    return place.root
+
+
+@pytest.fixture
+def filled(filled_root: Path, new_place: NewPlace) -> Place:
+    """Give one machine on a copy of the root that holds all chunks of the prompts."""
+    place = new_place()
+    shutil.copytree(filled_root, place.root)
+    return place
