@@ -15,7 +15,6 @@ from collections.abc import Callable
 from prefixstore.errors import ClosedError, PrefixStoreError
 from prefixstore.store.evictor import Evictor
 from prefixstore.store.parts import Parts
-from prefixstore.store.reconcile import reconcile
 from prefixstore.tree.lease import BEAT_S, Lease
 
 __all__ = ["Collector"]
@@ -132,9 +131,10 @@ class Collector:
                 self._evict()
             elif what == "rebuild":
                 self._breath_s = self._clock.monotonic_s()
-                reconcile(parts.tree, parts.hints, stop=self._breathe)
+                self._evictor.reconcile(stop=self._breathe)
             else:
                 parts.counters.add(orphans_removed=parts.membership.reap())
+                parts.usage.forget_old(server_now_s=parts.membership.now_s())
         except ClosedError:
             return  # Closed under its feet, when a hung mount has outlasted the close.
         except PrefixStoreError as error:

@@ -55,7 +55,18 @@ class Evictor:
         self._inflight = parts.inflight
         self._membership = parts.membership
         self._counters = parts.counters
+        self._usage = parts.usage
         self._remover = Remover(parts, namespace=namespace)
+
+    def reconcile(self, *, stop: Callable[[], bool] = lambda: False) -> ReconcileReport:
+        """Bring the index in line with the tree; ends early when ``stop`` says so."""
+        if self._keeper is not None:
+            self._keeper.flush()
+        at_begin = self._usage.begin_scan()
+        report = reconcile(self._tree, self._hints, stop=stop)
+        if report.finished:
+            self._usage.end_scan(at_begin)
+        return report
 
     def evict(
         self,
@@ -79,7 +90,7 @@ class Evictor:
         if self._keeper is not None:
             self._keeper.flush()
         if scan:
-            report = reconcile(self._tree, self._hints, stop=stop)
+            report = self.reconcile(stop=stop)
             tally.errors += report.errors
             if not dry_run:
                 self._remove_torn(report)

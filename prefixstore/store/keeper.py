@@ -5,6 +5,9 @@ One background thread takes what the callers left behind, twice a second or as s
     learnt(entries) -> rows in the index, many in one transaction: 1-2 us each instead of 100
     used(keys)      -> recency in the index, then a touch on disk for the blobs that are due for one
 
+and has the writers of a root with a quota tell each other what they have stored
+(``prefixstore.store.usage``).
+
 All of it is a hint, so all of it is bounded: when the thread cannot keep up (a hung mount stops its
 touches) the oldest work is dropped. A dropped touch makes a chunk look older than it is; a dropped row
 costs a probe later.
@@ -49,6 +52,7 @@ class Keeper:
         self._hints = parts.hints
         self._membership = parts.membership
         self._counters = parts.counters
+        self._usage = parts.usage
         self._background = parts.background
         # A store that only serves leaves the times on disk to others.
         self._refresh_s = None if parts.config.read_only else int(parts.config.touch_interval_s)
@@ -107,6 +111,7 @@ class Keeper:
     def work(self) -> None:
         """Do all that waits now, in the caller's thread."""
         self.flush()
+        self._usage.exchange()
         while self._due and not self._closing:
             self._touch_due()
 
@@ -118,6 +123,7 @@ class Keeper:
         if thread is not None:
             thread.join(timeout_s)
         self.flush()
+        self._usage.exchange(at_once=True)
         return thread is None or not thread.is_alive()
 
     def _start(self) -> None:
@@ -135,6 +141,7 @@ class Keeper:
             self._wake.clear()
             try:
                 self.flush()
+                self._usage.exchange()
                 self._touch_due()
             except ClosedError:
                 return  # Closed under its feet, when a hung mount has outlasted the close.

@@ -19,6 +19,7 @@ from prefixstore.store.membership import Membership
 from prefixstore.store.pinning import PinBook
 from prefixstore.store.recent import RecentKeys
 from prefixstore.store.space import Space
+from prefixstore.store.usage import Usage
 from prefixstore.tree.blobs import BlobTree
 from prefixstore.tree.root import Root
 from prefixstore.tree.writers import Writers, this_process
@@ -50,6 +51,7 @@ class Parts:
         inflight: What is being transferred.
         missing: Keys of the store's namespace that were missing a moment ago.
         present: Keys of the store's namespace that were there a moment ago.
+        usage: What other hosts have stored since the last scan.
         space: Room on the root.
         breaker: Whether writing is worth a try.
         background: Whether threads do what need not happen while a request waits.
@@ -66,6 +68,7 @@ class Parts:
     inflight: InFlight
     missing: RecentKeys
     present: RecentKeys
+    usage: Usage
     space: Space
     breaker: Breaker
     background: bool
@@ -78,6 +81,13 @@ class Parts:
         hints = Hints(index)
         tree = BlobTree(root, config=config, writer=uuid.uuid4().hex, clock=clock)
         writers = Writers(root, this=this_process())
+        usage = Usage(
+            root,
+            hints,
+            writer=tree.writer,
+            enabled=config.max_bytes is not None and not config.read_only,
+            clock=clock,
+        )
         return cls(
             root=root,
             config=config,
@@ -90,10 +100,13 @@ class Parts:
             inflight=InFlight(),
             missing=RecentKeys(ttl_s=config.miss_ttl_s, keys_max=config.misses_max, clock=clock),
             present=RecentKeys(ttl_s=SEEN_TTL_S, keys_max=config.misses_max, clock=clock),
+            usage=usage,
             space=Space(
                 max_bytes=config.max_bytes,
                 min_free_bytes=config.min_free_bytes,
-                used_bytes=lambda: sum(t.file_bytes for t in hints.totals().values()),
+                used_bytes=lambda: (
+                    sum(t.file_bytes for t in hints.totals().values()) + usage.others_bytes
+                ),
                 free_bytes=lambda: root.os_calls.space(root.path).free_bytes,
                 clock=clock,
             ),

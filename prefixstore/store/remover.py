@@ -50,6 +50,7 @@ class Remover:
         self._hints = parts.hints
         self._present = parts.present
         self._counters = parts.counters
+        self._usage = parts.usage
 
     def remove(self, chunks: Sequence[Doomed], tally: Tally) -> None:
         """Remove chunks, children before their parents; what stays is told to ``tally``."""
@@ -90,6 +91,7 @@ class Remover:
             self._present.forget((chunk.key,))
         if was_there:
             tally.removed(chunk.file_bytes)
+            self._usage.changed(-chunk.file_bytes)
             self._counters.add(evicted=1, evicted_bytes=chunk.file_bytes)
         else:
             tally.kept["gone"] += 1

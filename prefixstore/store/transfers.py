@@ -70,6 +70,7 @@ class Transfers:
         self._present = parts.present
         self._membership = parts.membership
         self._space = parts.space
+        self._usage = parts.usage
         self._breaker = parts.breaker
         self._counters = parts.counters
         self._clock = parts.clock
@@ -175,6 +176,7 @@ class Transfers:
             self._counters.add(existed=1)
             return
         self._space.stored(file_bytes)
+        self._usage.changed(file_bytes)
         self._counters.add(
             stored=1,
             stored_bytes=header.stored_bytes,

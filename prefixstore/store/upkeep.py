@@ -17,7 +17,7 @@ from prefixstore.store.evictor import Evictor
 from prefixstore.store.hints import Hints
 from prefixstore.store.keeper import Keeper
 from prefixstore.store.parts import Parts
-from prefixstore.store.reconcile import COMPLETE_MARK, ReconcileReport, reconcile
+from prefixstore.store.reconcile import COMPLETE_MARK, ReconcileReport
 from prefixstore.store.values import EvictionReport, NamespaceStats, StoreStats
 from prefixstore.tree.blobs import BlobTree
 from prefixstore.tree.pins import Pin
@@ -191,8 +191,7 @@ class Upkeep:
     def reconcile(self) -> ReconcileReport:
         """Bring the index in line with the tree, now, in this thread; ends early when closed."""
         self._check_open()
-        self._flush()
-        report = reconcile(self.tree, self.hints, stop=lambda: self._collector.closing)
+        report = self._evictor.reconcile(stop=lambda: self._collector.closing)
         self._count_pins()
         return report
 

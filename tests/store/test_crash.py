@@ -63,7 +63,7 @@ class Diary:
 
 def open_root(path: str, calls: Os) -> PrefixStore:
     """Open the root without background threads and with an index that knows nothing."""
-    config = StoreConfig(direct_io="off", touch_interval_s=0)
+    config = StoreConfig(direct_io="off", touch_interval_s=0, max_bytes=2**40)
     return PrefixStore.open(
         path, namespace=FIELDS, config=config, index=None, os_calls=calls, background=False
     )
@@ -93,8 +93,12 @@ def work(path: str, calls: Os, diary: Diary, note: "Note") -> None:
         diary.evicting = True
         note(diary)
         report = store.evict(KEEP_CHUNKS * FILE_BYTES)
-        diary.gone = report.evicted_chunks + report.kept.get("error", 0)
-        diary.quarantined = store.counters().get("quarantined", 0)
+        # A full disk has the background evict, too.
+        counters = store.counters()
+        diary.gone = counters.get("evicted", 0) + report.kept.get("error", 0)
+        diary.quarantined = counters.get("quarantined", 0)
+        if counters.get("background_failures"):
+            diary.wrong.append("an exception in the background")
     finally:
         store.close()
     note(diary)
