@@ -30,16 +30,19 @@ from prefixstore.keys import Key, NamespaceId
 from prefixstore.tree.direct import DirectIo
 from prefixstore.tree.osfs import FILE_MODE, GROUP_FILE_MODE, write_whole
 from prefixstore.tree.root import GROUP_DIRECTORY_MODE, Root
-from prefixstore.tree.trouble import lacks_links
+from prefixstore.tree.trouble import is_absence, lacks_links
 
 __all__ = ["Publisher"]
 
 Identity: TypeAlias = tuple[int, int]
 """Device and inode."""
 
-ATTEMPTS = 3
+CREATE_ATTEMPTS = 32
 """To create a file: once for directories that are not there yet, once for a name that a forked process
-has taken, and once. To name it: once for links that the filesystem does not have, and once."""
+has taken, and once; more only while another host makes the same directory, which takes it some round
+trips to the server. Too few skip a store."""
+NAME_ATTEMPTS = 3
+"""To name a file: once for links that the filesystem does not have, and once."""
 
 
 class Publisher:
@@ -97,24 +100,23 @@ class Publisher:
     def _create(self, namespace: NamespaceId, key: Key, flag: int) -> tuple[str, int]:
         """Open a file that nobody else has; return its path and descriptor."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        for attempt in range(ATTEMPTS):
+        for attempt in range(CREATE_ATTEMPTS):
             temporary = self._root.layout.temporary(
                 namespace, key, writer=self._writer, number=next(self._counter)
             )
             try:
                 return temporary, self._os.open(temporary, flags | flag, FILE_MODE)
-            except FileNotFoundError:
-                if attempt + 1 == ATTEMPTS:
-                    raise
-                self._make_leaf(temporary.rpartition("/")[0])
             except FileExistsError:
                 # A forked process has inherited this writer's id and counter.
-                if attempt + 1 == ATTEMPTS:
+                if attempt + 1 == CREATE_ATTEMPTS:
                     raise
             except OSError as error:
-                if not self._direct.refused(error, flag=flag):
+                if is_absence(error) and attempt + 1 < CREATE_ATTEMPTS:
+                    self._make_leaf(temporary.rpartition("/")[0])
+                elif self._direct.refused(error, flag=flag):
+                    flag = 0
+                else:
                     raise
-                flag = 0
         raise AssertionError("the last attempt returned or raised")
 
     def _write(self, fd: int, image: memoryview) -> Identity:
@@ -137,8 +139,8 @@ class Publisher:
         A server that did what it was asked and lost its answer is asked again, and reports that the
         name exists, or is gone, or something else. So look who has the name before believing an error.
         """
-        for attempt in range(ATTEMPTS):
-            is_last = attempt + 1 == ATTEMPTS
+        for attempt in range(NAME_ATTEMPTS):
+            is_last = attempt + 1 == NAME_ATTEMPTS
             try:
                 return self._name(temporary, path, replace=replace)
             except FileExistsError:
@@ -161,12 +163,20 @@ class Publisher:
         return True
 
     def _make_leaf(self, path: str) -> None:
-        """Make the directory of a blob, and the one above it if need be."""
-        try:
-            self._make_directory(path)
-        except FileNotFoundError:
-            self._make_directory(path.rpartition("/")[0])
-            self._make_directory(path)
+        """Make the directory of a blob, and the one above it if need be.
+
+        While two hosts make one directory, GlusterFS may tell either that it exists and that it is
+        missing, or stale, for some milliseconds: then a few more tries find it there.
+        """
+        for attempt in range(CREATE_ATTEMPTS):
+            try:
+                self._make_directory(path)
+            except OSError as error:
+                if not is_absence(error) or attempt + 1 == CREATE_ATTEMPTS:
+                    raise
+                self._make_directory(path.rpartition("/")[0])
+            else:
+                return
 
     def _make_directory(self, path: str) -> None:
         """Make one directory, unless it has appeared meanwhile."""

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Mount", "Volume", "clear_dead_mounts", "is_installed"]
+__all__ = ["PREFIX", "Mount", "Volume", "clear_dead_mounts", "is_installed"]
 
 START_S = 20.0
 """A server and a client are up in a second; a busy machine takes longer."""

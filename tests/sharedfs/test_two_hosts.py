@@ -1,9 +1,11 @@
 """Two hosts, one root: what one publishes the other has, and nothing either does harms the other."""
 
 import os
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from prefixstore.testing.chains import (
 )
 from prefixstore.testing.faults import FaultyOs, Hang, When
 from prefixstore.tree.osfs import RealOs
+from tests.sharedfs.gluster import PREFIX, Volume
 from tests.sharedfs.hosts import Hosts, until
 
 LONG = 4096
@@ -90,6 +93,29 @@ def test_two_hosts_that_publish_one_key_publish_it_once(hosts: Hosts) -> None:
     assert [load(store, key) for store in (a, b) for key in keys] == [
         payload_of(key) for key in keys * 2
     ]
+
+
+def test_two_hosts_that_make_one_directory(glusterfs: None, tmp_path: Path) -> None:
+    """While a server with a disk makes it, both are told that it is there and that it is not."""
+    directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=tmp_path.parents[1]))
+    with closing(Volume(directory)) as volume:
+        volume.start()
+        roots = [volume.mount(name).path / "root" for name in ("a", "b")]
+        hosts = Hosts(*roots, disk=volume.brick / "root")
+        with hosts.opened:
+            stores = [hosts.store_on(root) for root in roots]
+            line, keys = threading.Barrier(2), chain("directories", 60)
+
+            def publish(store: PrefixStore) -> list[str]:
+                details = []
+                for at, key in enumerate(keys):
+                    line.wait(30)
+                    details.append(store.store(chunk_at(keys, at), payload_of(key)).detail)
+                return details
+
+            with ThreadPoolExecutor(2) as pool:
+                trouble = [line for lines in pool.map(publish, stores) for line in lines if line]
+    assert trouble == []
 
 
 def test_eviction_on_one_host_under_loads_on_the_other(hosts: Hosts) -> None:
