@@ -9,7 +9,7 @@ __all__ = ["Fio"]
 
 
 class Fio:
-    """Runs fio on one directory; a round's files are written by one run and read by the next."""
+    """Runs fio on one directory; files are written by one run and read by the next."""
 
     def __init__(self, directory: Path, *, chunk_bytes: int, depth: int) -> None:
         self._directory = directory
@@ -21,7 +21,7 @@ class Fio:
         """Whether fio is installed."""
         return shutil.which("fio") is not None
 
-    def run(self, name: str, *, chunks: int, store: bool) -> float:
+    def run(self, *, chunks: int, store: bool) -> float:
         """Write or read ``chunks`` files; return the seconds that fio counts for it.
 
         A thread for each chunk in flight, since writes that make a file longer are not asynchronous on
@@ -30,7 +30,7 @@ class Fio:
         files_each = chunks // self._depth
         command = [
             "fio",
-            f"--name={name}",
+            "--name=chunks",
             f"--directory={self._directory}",
             f"--rw={'write' if store else 'read'}",
             "--ioengine=psync",

@@ -3,6 +3,8 @@
 Each round stores new chunks with every subject, then loads them twice: first cold, with the files put
 out of this machine's page cache, then warm. Subjects take turns in another order each round, and each is
 compared with the fs tier of the same round, so that a disk that changes its speed meanwhile changes all.
+Roots, processes and memory are new in each round: how scattered memory happens to be decides much of the
+speed past the page cache, and is another matter of luck each time.
 """
 
 import argparse
@@ -44,22 +46,33 @@ class Measurement:
     elapsed_s: float
 
 
-Move = Callable[[int, str], float]
+Move = Callable[[str], float]
 """Moves a round's chunks in a phase and returns the seconds it took."""
 
 
-class Bench:
-    """All subjects at one chunk size."""
+def chunks_of(chunk_bytes: int, options: argparse.Namespace) -> int:
+    """Return how many chunks of a size make up the megabytes wanted; all in flight twice at least."""
+    wanted = int(options.megabytes * 1e6) // chunk_bytes
+    return int(max(wanted // options.depth, 2) * options.depth)
 
-    def __init__(self, directory: Path, chunk_bytes: int, options: argparse.Namespace) -> None:
-        self.chunk_bytes = chunk_bytes
+
+class Round:
+    """All subjects at one chunk size, for one round.
+
+    Attributes:
+        notes: What a reader of the figures should know of the subjects.
+    """
+
+    def __init__(
+        self, directory: Path, *, number: int, chunk_bytes: int, options: argparse.Namespace
+    ) -> None:
         self.notes: list[str] = []
+        self._number = number
+        self._chunk_bytes = chunk_bytes
         self._directory = directory
         self._options = options
-        wanted = int(options.megabytes * 1e6) // chunk_bytes
-        depth = options.depth
-        self.chunks = max(wanted // depth, 2) * depth
-        self._slots = Slots(count=depth, slot_bytes=chunk_bytes)
+        self._chunks = chunks_of(chunk_bytes, options)
+        self._slots = Slots(count=options.depth, slot_bytes=chunk_bytes)
         self._stack = contextlib.ExitStack()
         self._moves: dict[str, Move] = {}
 
@@ -85,15 +98,13 @@ class Bench:
         except ImportError as error:
             self.notes.append(f"vLLM's fs tier was left out, since vLLM is not installed: {error}.")
         else:
-            self.notes.append(f"At {_size(self.chunk_bytes)} {tier.about}.")
+            self.notes.append(f"At {_size(self._chunk_bytes)} {tier.about}.")
             self._add(BASE, tier)
-        if only and "fio" not in only:
+        if (only and "fio" not in only) or self._options.job > 1:
             return
         if Fio.is_here():
-            fio = Fio(self._new("fio"), chunk_bytes=self.chunk_bytes, depth=self._options.depth)
-            self._moves["fio"] = lambda round_, phase: fio.run(
-                f"round{round_}", chunks=self.chunks, store=phase == "store"
-            )
+            fio = Fio(self._new("fio"), chunk_bytes=self._chunk_bytes, depth=self._options.depth)
+            self._moves["fio"] = lambda phase: fio.run(chunks=self._chunks, store=phase == "store")
         else:
             self.notes.append("fio was left out: it is not installed (Debian: apt install fio).")
 
@@ -107,26 +118,28 @@ class Bench:
 
     def _add(self, name: str, subject: Subject) -> None:
         self._stack.callback(subject.close)
-        keys: dict[int, list[Key]] = {}
+        keys = [Key(os.urandom(36)) for _ in range(self._chunks)]
+        self._moves[name] = lambda phase: drive(
+            subject,
+            keys,
+            depth=self._options.depth,
+            store=phase == "store",
+            job_chunks=self._options.job,
+        )
 
-        def move(round_: int, phase: str) -> float:
-            if round_ not in keys:
-                keys[round_] = [Key(os.urandom(36)) for _ in range(self.chunks)]
-            return drive(subject, keys[round_], depth=self._options.depth, store=phase == "store")
-
-        self._moves[name] = move
-
-    def run_round(self, round_: int) -> list[Measurement]:
+    def run(self) -> list[Measurement]:
         """Let every subject store, load cold and load warm once."""
         measurements = []
         names = list(self._moves)
-        for phase, at in zip(PHASES, itertools.count(round_), strict=False):
+        for at, phase in enumerate(PHASES, start=self._number):
             if phase == "load cold":
                 self._put_out_of_cache()
             for name in names[at % len(names) :] + names[: at % len(names)]:
-                elapsed_s = self._moves[name](round_, phase)
+                elapsed_s = self._moves[name](phase)
                 measurements.append(
-                    Measurement(self.chunk_bytes, round_, phase, name, self.chunks, elapsed_s)
+                    Measurement(
+                        self._chunk_bytes, self._number, phase, name, self._chunks, elapsed_s
+                    )
                 )
                 # What a subject leaves to the journal or the page cache must not slow the next one.
                 self._settle()
@@ -195,6 +208,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="BYTES")
     parser.add_argument("--depth", type=int, default=8, help="chunks in flight (8)")
     parser.add_argument(
+        "--job", type=int, default=1, help="chunks in one job, as the blocks of one prompt are (1)"
+    )
+    parser.add_argument(
         "--megabytes", type=float, default=256, help="of each subject, size and round (256)"
     )
     parser.add_argument("--pause", type=float, default=0.1, help="seconds between two timings")
@@ -218,7 +234,10 @@ def parse() -> argparse.Namespace:
         type=_option,
         help="an option of ours, such as direct_io off",
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.depth % options.job:
+        parser.error("--depth must be a multiple of --job")
+    return options
 
 
 def _option(text: str) -> object:
@@ -232,25 +251,24 @@ def main() -> None:
     try:
         report = Report(about=__doc__.strip(), machine=describe_machine(directory))
         measurements: list[Measurement] = []
-        with contextlib.ExitStack() as stack:
-            benches = []
-            for size in options.sizes:
-                (directory / str(size)).mkdir()
-                benches.append(stack.enter_context(Bench(directory / str(size), size, options)))
-            for round_ in range(options.rounds):
-                for bench in benches:
-                    measurements += bench.run_round(round_)
+        notes: list[str] = []
+        for number, size in itertools.product(range(options.rounds), options.sizes):
+            place = directory / f"{number}-{size}"
+            place.mkdir()
+            with Round(place, number=number, chunk_bytes=size, options=options) as round_:
+                measurements += round_.run()
+            notes += round_.notes
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     report.tables = [tabulate(measurements, phase) for phase in PHASES]
     cold = "all caches emptied" if options.drop_caches else "files put out of the page cache"
     report.notes = [
-        f"{options.depth} chunks in flight, {options.rounds} rounds, "
-        + ", ".join(f"{bench.chunks} chunks of {_size(bench.chunk_bytes)}" for bench in benches)
+        f"{options.depth} chunks in flight in jobs of {options.job}, {options.rounds} rounds, "
+        + ", ".join(f"{chunks_of(size, options)} chunks of {_size(size)}" for size in options.sizes)
         + " in each.",
         f"Cold: {cold} of this machine; a hypervisor's or a disk's own cache stays as it is.",
         "Ours verifies every load and copies between slots and buffers; the fs tier does neither.",
-        *dict.fromkeys(note for bench in benches for note in bench.notes),
+        *dict.fromkeys(notes),
     ]
     for m in measurements:
         report.measurements.append({name: getattr(m, name) for name in Measurement.__slots__})

@@ -72,7 +72,7 @@ class Loads:
     def _load(self, slot: int) -> None:
         ticket = next(self._tickets)
         self._flying[ticket] = slot
-        self._subject.load(ticket, next(self._keys), slot)
+        self._subject.load(ticket, [(next(self._keys), slot)])
 
 
 def work() -> int:

@@ -1,7 +1,8 @@
 """What is measured: things that move chunks between slots and files, all driven in one way.
 
-A slot is a chunk's place in the memory of vLLM's CPU tier. A subject takes one load or store of one
-chunk at a time without blocking and is asked, as vLLM's scheduler asks its tiers, what has ended.
+A slot is a chunk's place in the memory of vLLM's CPU tier. A job is the load or store of some chunks under
+one ticket. A subject takes jobs without blocking and is asked, as vLLM's scheduler asks its tiers, which
+have ended.
 """
 
 import ctypes
@@ -14,6 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +84,10 @@ class Slots:
         return self.row(slot)[:STAMP_BYTES] == key
 
 
+Job = Sequence[tuple[Key, int]]
+"""Keys and their slots."""
+
+
 class Subject(ABC):
     """Moves chunks; every method is for one thread and returns at once."""
 
@@ -89,12 +95,12 @@ class Subject(ABC):
         self.slots = slots
 
     @abstractmethod
-    def store(self, ticket: int, key: Key, slot: int) -> None:
-        """Begin to store a slot."""
+    def store(self, ticket: int, chunks: Job) -> None:
+        """Begin to store slots."""
 
     @abstractmethod
-    def load(self, ticket: int, key: Key, slot: int) -> None:
-        """Begin to load into a slot."""
+    def load(self, ticket: int, chunks: Job) -> None:
+        """Begin to load into slots."""
 
     @abstractmethod
     def poll(self) -> list[int]:
@@ -124,34 +130,37 @@ class IoProcess(Subject):
             assert time.monotonic() < end_s, self._client.reason
             time.sleep(0.01)
 
-    def store(self, ticket: int, key: Key, slot: int) -> None:
-        """Begin to store a slot."""
-        chunk = ChunkStore(
-            key=key,
-            parent=None,
-            end_token=16,
-            element_bytes=2,
-            raw_bytes=self.slots.slot_bytes,
-            fill=lambda payload: self.slots.copy_from(slot, payload),
-        )
-        assert self._client.store(ticket, [chunk]), "the store was refused"
+    def store(self, ticket: int, chunks: Job) -> None:
+        """Begin to store slots."""
+        copy_from = self.slots.copy_from
+        stores = [
+            ChunkStore(
+                key=key,
+                parent=None,
+                end_token=16,
+                element_bytes=2,
+                raw_bytes=self.slots.slot_bytes,
+                fill=partial(copy_from, slot),
+            )
+            for key, slot in chunks
+        ]
+        assert self._client.store(ticket, stores), "the store was refused"
 
-    def load(self, ticket: int, key: Key, slot: int) -> None:
-        """Begin to load into a slot."""
-        chunk = ChunkLoad(
-            key=key,
-            raw_bytes=self.slots.slot_bytes,
-            land=lambda payload: self.slots.copy_to(slot, payload),
-        )
-        self._client.load(ticket, [chunk])
+    def load(self, ticket: int, chunks: Job) -> None:
+        """Begin to load into slots."""
+        copy_to, size = self.slots.copy_to, self.slots.slot_bytes
+        loads = [
+            ChunkLoad(key=key, raw_bytes=size, land=partial(copy_to, slot)) for key, slot in chunks
+        ]
+        self._client.load(ticket, loads)
 
     def poll(self) -> list[int]:
         """Return the tickets that have ended."""
         tickets = []
         for done in self._client.poll():
             assert isinstance(done, LoadDone | StoreDone), done
-            moved = done.landed if isinstance(done, LoadDone) else done.stored
-            assert len(moved) == 1, done
+            lost = done.missed if isinstance(done, LoadDone) else (done.skipped, done.existed)
+            assert not any(lost), done
             tickets.append(done.ticket)
         return tickets
 
@@ -170,6 +179,7 @@ class Threads(Subject):
         config = options.store_config(index_dir=str(directory / "index"))
         self._store = PrefixStore.open(str(directory / "root"), namespace=FIELDS, config=config)
         self._queue: queue.SimpleQueue[tuple[bool, int, Key, int] | None] = queue.SimpleQueue()
+        self._waiting: dict[int, int] = {}
         self._finished: deque[tuple[int, str]] = deque()
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(threads)]
         for thread in self._threads:
@@ -200,13 +210,18 @@ class Threads(Subject):
         self.slots.copy_to(slot, buffer.payload(size))
         return ""
 
-    def store(self, ticket: int, key: Key, slot: int) -> None:
-        """Begin to store a slot."""
-        self._queue.put((True, ticket, key, slot))
+    def store(self, ticket: int, chunks: Job) -> None:
+        """Begin to store slots."""
+        self._begin(ticket, chunks, is_store=True)
 
-    def load(self, ticket: int, key: Key, slot: int) -> None:
-        """Begin to load into a slot."""
-        self._queue.put((False, ticket, key, slot))
+    def load(self, ticket: int, chunks: Job) -> None:
+        """Begin to load into slots."""
+        self._begin(ticket, chunks, is_store=False)
+
+    def _begin(self, ticket: int, chunks: Job, *, is_store: bool) -> None:
+        self._waiting[ticket] = len(chunks)
+        for key, slot in chunks:
+            self._queue.put((is_store, ticket, key, slot))
 
     def poll(self) -> list[int]:
         """Return the tickets that have ended."""
@@ -214,7 +229,10 @@ class Threads(Subject):
         while self._finished:
             ticket, error = self._finished.popleft()
             assert not error, error
-            tickets.append(ticket)
+            self._waiting[ticket] -= 1
+            if not self._waiting[ticket]:
+                del self._waiting[ticket]
+                tickets.append(ticket)
         return tickets
 
     def close(self) -> None:
@@ -243,7 +261,7 @@ class FsTier(Subject):
         from vllm.v1.kv_offload.tiering.fs import io as fs_io
         from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 
-        self._chunk_ids = [np.array([slot]) for slot in range(slots.count)]
+        self._as_ids = np.array
         self._job: Any = TransferJob
         self._context = ReqContext(req_id="benchmark")
         self._tier = FileSystemTierManager(
@@ -256,19 +274,19 @@ class FsTier(Subject):
         direct = "O_DIRECT" if self._tier._use_o_direct else "the page cache"  # noqa: SLF001
         self.about = f"the fs tier moved chunks by {extension}, through {direct}"
 
-    def store(self, ticket: int, key: Key, slot: int) -> None:
-        """Begin to store a slot."""
-        self._tier.submit_store(self._new_job(ticket, key, slot, is_promotion=False))
+    def store(self, ticket: int, chunks: Job) -> None:
+        """Begin to store slots."""
+        self._tier.submit_store(self._new_job(ticket, chunks, is_promotion=False))
 
-    def load(self, ticket: int, key: Key, slot: int) -> None:
-        """Begin to load into a slot."""
-        self._tier.submit_load(self._new_job(ticket, key, slot, is_promotion=True))
+    def load(self, ticket: int, chunks: Job) -> None:
+        """Begin to load into slots."""
+        self._tier.submit_load(self._new_job(ticket, chunks, is_promotion=True))
 
-    def _new_job(self, ticket: int, key: Key, slot: int, *, is_promotion: bool) -> Any:
+    def _new_job(self, ticket: int, chunks: Job, *, is_promotion: bool) -> Any:
         return self._job(
             job_id=ticket,
-            keys=[key],
-            chunk_ids=self._chunk_ids[slot],
+            keys=[key for key, _ in chunks],
+            chunk_ids=self._as_ids([slot for _, slot in chunks]),
             is_promotion=is_promotion,
             req_context=self._context,
         )
@@ -317,7 +335,9 @@ def _offloading_config(slot_bytes: int) -> Any:
     )
 
 
-def drive(subject: Subject, keys: Sequence[Key], *, depth: int, store: bool) -> float:
+def drive(
+    subject: Subject, keys: Sequence[Key], *, depth: int, store: bool, job_chunks: int = 1
+) -> float:
     """Move ``keys`` with ``depth`` of them in flight; return the seconds it took.
 
     What is stored is marked with its key, and what is loaded must have the mark.
@@ -325,22 +345,23 @@ def drive(subject: Subject, keys: Sequence[Key], *, depth: int, store: bool) -> 
     begin = subject.store if store else subject.load
     slots = subject.slots
     free = list(range(depth))
-    flying: dict[int, int] = {}
-    next_ticket = 0
+    flying: dict[int, list[tuple[Key, int]]] = {}
+    done = 0
     started_s = time.perf_counter()
-    while flying or next_ticket < len(keys):
-        while free and next_ticket < len(keys):
-            slot = free.pop()
+    while flying or done < len(keys):
+        while len(free) >= job_chunks and done < len(keys):
+            job = [(key, free.pop()) for key in keys[done : done + job_chunks]]
             if store:
-                slots.stamp(slot, keys[next_ticket])
-            begin(next_ticket, keys[next_ticket], slot)
-            flying[next_ticket] = slot
-            next_ticket += 1
+                for key, slot in job:
+                    slots.stamp(slot, key)
+            begin(done, job)
+            flying[done] = job
+            done += len(job)
         ended = subject.poll()
         if not ended:
             time.sleep(POLL_S)
         for ticket in ended:
-            slot = flying.pop(ticket)
-            assert store or slots.is_stamped(slot, keys[ticket]), "another chunk's bytes"
-            free.append(slot)
+            for key, slot in flying.pop(ticket):
+                assert store or slots.is_stamped(slot, key), "another chunk's bytes"
+                free.append(slot)
     return time.perf_counter() - started_s
