@@ -94,9 +94,9 @@ class Evictor:
             tally.errors += report.errors
             if not dry_run:
                 self._remove_torn(report)
+        if not dry_run and not self._knows_time(tally, wanted=max_age_s is not None):
+            max_age_s = None
         try:
-            if not dry_run:
-                self._membership.announce()
             held = self._pins.held(now_s=self._membership.now_s())
         except PrefixStoreError as error:
             # Without the pins nothing may go: what they hold is not to be guessed.
@@ -148,6 +148,20 @@ class Evictor:
             if not dry_run:
                 self._remover.remove(doomed, tally)
         return self._report(tally)
+
+    def _knows_time(self, tally: Tally, *, wanted: bool) -> bool:
+        """Learn the file server's time by writing there; return whether that worked.
+
+        A full disk refuses, and has to be evicted from all the same. Only ages cannot be told then: by a
+        wrong clock of this host everything might be too old.
+        """
+        try:
+            self._membership.announce()
+        except PrefixStoreError as error:
+            if wanted:
+                tally.errors.append(f"ages are unknown, so nothing is too old: {error}")
+            return False
+        return True
 
     def _plan(self, target_bytes: int, *, max_age_s: float | None) -> EvictionPlan:
         used_bytes = self._totals()[1]

@@ -374,6 +374,19 @@ def test_little_free_space_stops_stores_and_evicts(open_store: OpenStore) -> Non
     assert store_chain(store, chain("b", 1))[0].reason is None
 
 
+def test_a_disk_that_is_full_to_the_last_byte_can_be_evicted_from(open_store: OpenStore) -> None:
+    """``gc`` is what people run then: it must not need to write first. Ages need the server's clock."""
+    disk, keys = FaultyOs(RealOs()), chain("a", 4)
+    store_chain(open_store(), keys)
+    store = open_store(namespace=None, os_calls=disk)
+    disk.plan = When(fault=Fail(errno.ENOSPC), name="write_from", forever=True)
+    report = store.evict(3 * FILE_BYTES, max_age_s=0)
+
+    assert (report.evicted_chunks, report.left_chunks) == (1, 3)
+    assert "ages are unknown" in report.errors[0]
+    assert store.evict(0).evicted_chunks == 3
+
+
 def test_a_full_disk_evicts_when_there_is_a_limit(open_store: OpenStore) -> None:
     """ENOSPC below the quota: others fill the disk; give some room back and go on."""
     disk, clock, keys = FaultyOs(RealOs()), ManualClock(), chain("a", 20)
