@@ -48,6 +48,8 @@ MACHINE_PATHS = re.compile(
 SEAM_PACKAGES = ("tree", "store", "ops", "blob", "policy")
 SEAM_MODULES = {"prefixstore/tree/osfs.py"}
 SEAM_FREE_CALLS = {"os.getpid", "os.fspath", "os.strerror"}
+# Whether another process lives is asked of this host, not of the shared tree: signal 0 kills nobody.
+SEAM_FREE_IN = {("prefixstore/tree/writers.py", "os.kill")}
 # The starter of the I/O process hands the environment on, without a look at it.
 ENVIRONMENT_READERS = ("prefixstore/cli/", "prefixstore/vllm/", "prefixstore/ioproc/process.py")
 
@@ -180,7 +182,8 @@ def test_the_seam_alone_calls_the_system() -> None:
         for node in ast.walk(TREES[path]):
             name = dotted(node.func) if isinstance(node, ast.Call) else ""
             banned = name == "open" or name.split(".")[0] in ("os", "shutil", "time", "tempfile")
-            if banned and name not in SEAM_FREE_CALLS:
+            free = name in SEAM_FREE_CALLS or (str(path), name) in SEAM_FREE_IN
+            if banned and not free:
                 offences.append(f"{path}:{node.lineno}: {name}()")
     assert offences == []
 
