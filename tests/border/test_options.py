@@ -68,7 +68,9 @@ def test_a_wrong_option_is_refused_by_name(options, sentence):
 
 def test_staging_memory_stays_within_its_limit_but_never_below_the_threads():
     """Large chunks get few buffers, small ones many, and each thread has one."""
-    options = TierOptions.from_mapping({"root": "/kv", "buffers_bytes": 64 * 2**20})
+    options = TierOptions.from_mapping(
+        {"root": "/kv", "buffers_bytes": 64 * 2**20, "load_threads": 4, "store_threads": 2}
+    )
 
     assert 64 == options.limits(2**16).buffer_count
     assert 16 == options.limits(4 * 2**20).buffer_count
