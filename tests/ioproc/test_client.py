@@ -29,6 +29,17 @@ def child_of(client: IoClient) -> int:
     return process.pid
 
 
+def stop(pid: int) -> None:
+    """Send SIGSTOP and wait until every thread of the process stands still."""
+    os.kill(pid, signal.SIGSTOP)
+
+    def stands() -> bool:
+        states = (path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat"))
+        return all(state.rpartition(")")[2].split()[0] == "T" for state in states)
+
+    wait_until(stands, "the process to stand still")
+
+
 def test_what_was_stored_is_found_and_loaded_as_it_was(client):
     """A chain stored through the I/O process comes back byte for byte."""
     keys = chain(20)
@@ -107,7 +118,7 @@ def test_a_load_that_returns_after_its_deadline_never_reaches_the_reused_slot(ma
     slots = Slots()
     slots.put(0, bytes(PAYLOAD_BYTES))
     child = child_of(client)
-    os.kill(child, signal.SIGSTOP)
+    stop(child)
 
     client.load(1, [slots.load(keys[0], 0)])
     (done,) = await_jobs(client)
@@ -133,7 +144,7 @@ def test_a_store_given_up_never_reads_the_reused_slot(make_client):
     for i in range(12):
         slots.put(i, payload(i))
     child = child_of(client)
-    os.kill(child, signal.SIGSTOP)
+    stop(child)
 
     # More chunks than buffers: the last ones still wait for one when the deadline passes.
     assert client.store(1, [slots.store(key, i, end=16 * (i + 1)) for i, key in enumerate(keys)])
@@ -158,7 +169,7 @@ def test_a_killed_process_costs_its_operations_and_is_replaced(client):
     keys = chain(4)
     store_chain(client, keys)
     child = child_of(client)
-    os.kill(child, signal.SIGSTOP)
+    stop(child)
     slots = Slots()
     slots.put(0, bytes(PAYLOAD_BYTES))
     client.load(1, [slots.load(keys[0], 0)])
@@ -183,7 +194,7 @@ def test_a_hung_process_is_killed_and_replaced(make_client):
     keys = chain(1)
     store_chain(client, keys)
     child = child_of(client)
-    os.kill(child, signal.SIGSTOP)
+    stop(child)
 
     client.find(1, keys, chained=True)
     (found,) = await_jobs(client)
@@ -203,7 +214,7 @@ def test_a_deadline_opens_the_breaker_and_an_answer_closes_it(make_client):
     child = child_of(client)
     assert client.ready
 
-    os.kill(child, signal.SIGSTOP)
+    stop(child)
     client.find(1, chain(1), chained=True)
     await_jobs(client)
     assert not client.ready
@@ -223,7 +234,7 @@ def test_stores_accepted_before_a_kill_of_the_engine_are_published(root, tmp_pat
             await_state(client, "on")
             slots = Slots()
             child = child_of(client)
-            os.kill(child, signal.SIGSTOP)
+            stop(child)
             for i in range(len(keys)):
                 slots.put(i, payload(i))
             client.store(1, [slots.store(key, i, end=16 * i + 16) for i, key in enumerate(keys)])
@@ -265,7 +276,7 @@ def test_too_many_waiting_stores_are_refused_at_once(make_client):
     """A slow disk costs hits later, not slots now."""
     client = make_client(stores_waiting_max=4)
     await_state(client, "on")
-    os.kill(child_of(client), signal.SIGSTOP)
+    stop(child_of(client))
     slots = Slots()
     for i in range(5):
         slots.put(i, payload(i))
@@ -288,7 +299,7 @@ def test_draining_completes_every_job_in_bounded_time(make_client):
     keys = chain(3)
     store_chain(client, keys)
     child = child_of(client)
-    os.kill(child, signal.SIGSTOP)
+    stop(child)
     slots = Slots()
     for i in range(3):
         slots.put(i, bytes(PAYLOAD_BYTES))
