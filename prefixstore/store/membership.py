@@ -1,8 +1,10 @@
 """This store's place among the writers of a root, and the file server's time that comes with it.
 
 A store announces itself before its first temporary file, not when it is opened: who only reads leaves no
-trace. Writing the announcement tells the server's clock, so from then on recency is counted in the
-server's seconds, which all hosts share; until then this host's own clock stands in.
+trace. Touching the announcement tells the server's clock, so from then on recency is counted in the
+server's seconds, which all hosts share; until then this host's own clock stands in. Touching and not
+writing: some filesystems (GlusterFS, unless its ``ctime`` is off) date what is written by the clock of the
+host that writes.
 """
 
 import threading
@@ -71,9 +73,11 @@ class Membership:
                     return
 
     def _learn_time(self) -> None:
-        """Read the server's clock off the file that was written just now."""
+        """Read the server's clock off this writer's file, dated by the server just now."""
+        path = self._root.layout.writer(self._writer)
         try:
-            written = self._root.os_calls.stat(self._root.layout.writer(self._writer))
+            self._root.os_calls.touch(path)
+            touched = self._root.os_calls.stat(path)
         except OSError:
             return  # This host's clock has to do until the next announcement.
-        self._ahead_s = written.modified_s - self._clock.wall_s()
+        self._ahead_s = touched.modified_s - self._clock.wall_s()

@@ -32,6 +32,11 @@ def there(store: PrefixStore, keys: list[Key]) -> list[bool]:
     return [Path(store.root.layout.blob(store.namespace, key)).exists() for key in keys]
 
 
+def touches(disk: FaultyOs) -> int:
+    """Count the touches of blobs; a writer touches its own file, too."""
+    return sum(1 for call in disk.calls if call.name == "touch" and call.path.endswith(".kv"))
+
+
 def test_eviction_eats_the_oldest_chain_from_its_end(open_store: OpenStore) -> None:
     """Half of the older chain goes, leaves first; the newer one stays whole."""
     clock = ManualClock()
@@ -105,7 +110,7 @@ def test_touches_on_disk_are_sampled(open_store: OpenStore) -> None:
     for _ in range(10):
         store.touch(keys)
         store.work()
-    assert disk.count("touch") == 0, "a blob that was just written has the time of now"
+    assert touches(disk) == 0, "a blob that was just written has the time of now"
 
     for _ in range(3):
         # A little more: the disk's own clock may have ticked while the chain was stored.
@@ -113,7 +118,7 @@ def test_touches_on_disk_are_sampled(open_store: OpenStore) -> None:
         store.touch(keys)
         store.touch(keys)
         store.work()
-    assert disk.count("touch") == 15
+    assert touches(disk) == 15
 
 
 def test_a_chunk_that_existed_is_due_for_a_touch(open_store: OpenStore) -> None:
@@ -126,7 +131,7 @@ def test_a_chunk_that_existed_is_due_for_a_touch(open_store: OpenStore) -> None:
     other.touch(keys)
     other.work()
 
-    assert disk.count("touch") == 3
+    assert touches(disk) == 3
 
 
 def test_age_evicts_whatever_the_size(open_store: OpenStore) -> None:

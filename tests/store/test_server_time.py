@@ -1,0 +1,53 @@
+"""The time that a store goes by: the file server's, whatever clock its own host has."""
+
+import fcntl
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from prefixstore.store import PrefixStore
+from prefixstore.testing.chains import chain, store_chain
+from prefixstore.testing.clock import ManualClock
+from prefixstore.tree.osfs import RealOs
+
+OpenStore = Callable[..., PrefixStore]
+
+AHEAD_S = 2 * 86400.0
+
+
+class DatedByWriter(RealOs):
+    """Dates what is written by the clock of the host that writes, as GlusterFS does with ctime."""
+
+    def close(self, fd: int) -> None:
+        """Give a file that was written the writer's time."""
+        if _is_written(fd):
+            now_s = time.time() + AHEAD_S
+            os.utime(fd, (now_s, now_s))
+        super().close(fd)
+
+
+def _is_written(fd: int) -> bool:
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+
+
+def test_a_host_whose_clock_is_days_off_goes_by_the_servers(open_store: OpenStore) -> None:
+    """From its first announcement on, ahead or behind."""
+    for offset_s in (AHEAD_S, -AHEAD_S):
+        clock = ManualClock(start_s=time.time() + offset_s)
+        store = open_store(clock=clock, index=None)
+        store_chain(store, chain(f"{offset_s}", 1))
+        assert abs(store._parts.membership.now_s() - time.time()) < 5
+
+
+def test_a_filesystem_that_dates_files_by_their_writer_misleads_nobody(
+    open_store: OpenStore,
+) -> None:
+    """The server's time is learnt from a touch, which only the server dates."""
+    clock = ManualClock(start_s=time.time() + AHEAD_S)
+    store = open_store(clock=clock, index=None, os_calls=DatedByWriter())
+    (key,) = keys = chain("dated", 1)
+    store_chain(store, keys)
+    path = Path(store.root.layout.blob(store.namespace, key))
+    assert path.stat().st_mtime > time.time() + AHEAD_S / 2
+    assert abs(store._parts.membership.now_s() - time.time()) < 5
