@@ -119,7 +119,12 @@ class Usage:
         mine_bytes = self._mine_bytes
         if mine_bytes != self._told_bytes:
             document = UsageDocument(index=self._index_id(), net_bytes=mine_bytes)
-            replace_document(self._path(self._writer), document, os_calls=self._root.os_calls)
+            replace_document(
+                self._path(self._writer),
+                document,
+                os_calls=self._root.os_calls,
+                group_shared=self._root.group_shared,
+            )
             self._told_bytes = mine_bytes
         self._read_others()
         self._add_up()

@@ -15,7 +15,7 @@ import msgspec
 
 from prefixstore.config import DOCUMENT_BYTES_MAX
 from prefixstore.errors import InvalidError
-from prefixstore.tree.osfs import Os, write_whole
+from prefixstore.tree.osfs import GROUP_FILE_MODE, Os, write_whole
 from prefixstore.tree.trouble import is_absence, is_missing, lacks_links, translate
 
 __all__ = [
@@ -58,24 +58,32 @@ def read_document(path: str, kind: type[T], *, os_calls: Os) -> T | None:
         ) from error
 
 
-def put_document(path: str, document: msgspec.Struct, *, os_calls: Os) -> None:
+def put_document(path: str, document: msgspec.Struct, *, os_calls: Os, group_shared: bool) -> None:
     """Write a document unless one is there already: then leave that one alone. Durable on return.
+
+    Args:
+        path: Its name.
+        document: What it says.
+        os_calls: The seam.
+        group_shared: Let the group read and write it, whatever the umask says.
 
     Raises:
         InvalidError: It is longer than any reader accepts.
         FullError, UnavailableError: It cannot be written.
     """
-    _write(path, document, os_calls=os_calls, replace=False)
+    _write(path, document, os_calls=os_calls, group_shared=group_shared, replace=False)
 
 
-def replace_document(path: str, document: msgspec.Struct, *, os_calls: Os) -> None:
-    """Write a document in the place of any that is there. Durable on return.
+def replace_document(
+    path: str, document: msgspec.Struct, *, os_calls: Os, group_shared: bool
+) -> None:
+    """Write a document in the place of any that is there; else as ``put_document``.
 
     Raises:
         InvalidError: It is longer than any reader accepts; the one that is there stays.
         FullError, UnavailableError: It cannot be written.
     """
-    _write(path, document, os_calls=os_calls, replace=True)
+    _write(path, document, os_calls=os_calls, group_shared=group_shared, replace=True)
 
 
 def ensure_directory(path: str, *, os_calls: Os, mode: int | None = None) -> None:
@@ -148,7 +156,9 @@ def _read(fd: int, path: str, *, os_calls: Os) -> bytes:
             os_calls.close(fd)
 
 
-def _write(path: str, document: msgspec.Struct, *, os_calls: Os, replace: bool) -> None:
+def _write(
+    path: str, document: msgspec.Struct, *, os_calls: Os, group_shared: bool, replace: bool
+) -> None:
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     content = memoryview(msgspec.json.format(msgspec.json.encode(document), indent=2))
     if len(content) > DOCUMENT_BYTES_MAX:
@@ -163,6 +173,8 @@ def _write(path: str, document: msgspec.Struct, *, os_calls: Os, replace: bool) 
             os_calls.sync_data(fd)
         finally:
             os_calls.close(fd)
+        if group_shared:
+            os_calls.set_mode(temporary, GROUP_FILE_MODE)
         _publish(temporary, path, os_calls=os_calls, replace=replace)
     except OSError as error:
         raise translate(error, doing="write", path=path) from error

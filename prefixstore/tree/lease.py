@@ -95,7 +95,12 @@ class Lease:
             self._root.ensure_directory(self._directory)
         except OSError as error:
             raise translate(error, doing="make", path=self._directory) from error
-        put_document(self._path(epoch), EpochDocument(holder=self._holder), os_calls=self._os)
+        put_document(
+            self._path(epoch),
+            EpochDocument(holder=self._holder),
+            os_calls=self._os,
+            group_shared=self._root.group_shared,
+        )
         if not self._is_mine(self._look().sight, epoch):
             return False
         self.epoch = epoch

@@ -76,7 +76,7 @@ class Pins:
             self._root.ensure_directory(self._root.layout.pins)
         except OSError as error:
             raise translate(error, doing="make", path=self._root.layout.pins) from error
-        replace_document(path, document, os_calls=self._os)
+        replace_document(path, document, os_calls=self._os, group_shared=self._root.group_shared)
 
     def remove(self, name: str) -> bool:
         """Remove a pin; returns whether there was one."""

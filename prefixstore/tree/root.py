@@ -95,7 +95,7 @@ class Root:
                     "store.json): name an empty or a new directory"
                 )
             document = RootDocument(prefixstore_root=uuid.uuid4().hex, format=FORMAT)
-            put_document(layout.store, document, os_calls=calls)
+            put_document(layout.store, document, os_calls=calls, group_shared=group_shared)
         root = cls.open(path, os_calls=calls, group_shared=group_shared)
         root.make_directories()
         return root
@@ -157,7 +157,12 @@ class Root:
                 path = self.layout.namespace(identity)
                 raise translate(error, doing="make the namespace", path=path) from error
             path = self.layout.manifest(identity)
-            put_document(path, Manifest(fields=wanted), os_calls=self.os_calls)
+            put_document(
+                path,
+                Manifest(fields=wanted),
+                os_calls=self.os_calls,
+                group_shared=self.group_shared,
+            )
             manifest = self.manifest(identity)
             if manifest is None:
                 raise UnavailableError(f"{path} was written and is not there: look at the mount")

@@ -84,7 +84,12 @@ class Writers:
         Raises:
             FullError, UnavailableError: It cannot be written.
         """
-        put_document(self._root.layout.writer(writer), self._this, os_calls=self._os)
+        put_document(
+            self._root.layout.writer(writer),
+            self._this,
+            os_calls=self._os,
+            group_shared=self._root.group_shared,
+        )
 
     def refresh(self, writer: str) -> None:
         """Say that a writer lives; a file that is gone is written again."""

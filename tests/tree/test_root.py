@@ -1,6 +1,7 @@
 """A root is recognised, never guessed; a namespace is compared whole."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 from prefixstore.errors import InvalidError, PrefixStoreError, UnavailableError
 from prefixstore.keys import NamespaceId
 from prefixstore.testing.quick import QuickOs
+from prefixstore.tree.pins import Pin, Pins
 from prefixstore.tree.root import Root, diff_fields
-from tests.tree.trees import FIELDS, Fixture, in_children
+from prefixstore.tree.writers import Writers, this_process
+from tests.tree.trees import FIELDS, Fixture, in_children, key_of
 
 
 def create(path: Path, **options: bool) -> Root:
@@ -235,6 +238,27 @@ def test_group_shared_directories_are_for_the_group(tmp_path):
         path.stat().st_mode & 0o7777 for path in (tmp_path / "root").rglob("*") if path.is_dir()
     }
     assert modes == {0o2770}
+
+
+def test_group_shared_documents_are_for_the_group(tmp_path):
+    """A pin that the rest of the group could not read would stop everybody's eviction."""
+    before = os.umask(0o077)
+    try:
+        root = create(tmp_path / "root", group_shared=True)
+        namespace = root.namespace(FIELDS, create=True)
+        Pins(root).write(Pin(name="p", namespace=namespace, keys=(key_of("k"),), created_s=1))
+        Writers(root, this=this_process()).register("ab" * 16)
+    finally:
+        os.umask(before)
+
+    modes = {
+        path.name: path.stat().st_mode & 0o777
+        for path in (tmp_path / "root").rglob("*")
+        if path.is_file()
+    }
+    assert modes == dict.fromkeys(
+        ("store.json", "manifest.json", "p.json", f"{'ab' * 16}.json"), 0o660
+    )
 
 
 def test_differences_are_bounded():
