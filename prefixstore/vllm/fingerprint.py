@@ -68,9 +68,20 @@ def scheduler_fields(
     return {
         "scheme": SCHEME,
         "weights": identify_weights(model.model, model.revision, digests=digests),
+        "loading": _loading(config.load_config),
         "architecture": model.architecture,
+        "code": {
+            name: _plain(getattr(model, name, None))
+            for name in ("code_revision", "convert_type", "model_class_overrides", "runner_type")
+        },
         "quantization": _plain(model.quantization),
+        "quantization_config": _plain(getattr(model, "quantization_config", None)),
         "model_config": _model_config(model.hf_config),
+        # Not only a limit: it chooses between RoPE's short and long factors (Phi-3), and turns on
+        # attention temperature (Llama 4).
+        "max_model_len": model.max_model_len,
+        # How a picture becomes tokens; a block hash knows the picture.
+        "multimodal": _plain(getattr(model, "multimodal_config", None)),
         "dtype": _plain(model.dtype),
         "kv_cache_dtype": _plain(model.dtype if cache.cache_dtype == "auto" else cache.cache_dtype),
         "kv_cache_layout": _plain(caches.kv_cache_layout or cache.kv_cache_layout),
@@ -93,6 +104,23 @@ def scheduler_fields(
             "cp_interleave": parallel.cp_kv_cache_interleave_size,
             "world": parallel.world_size,
         },
+    }
+
+
+def _loading(load: Any) -> Mapping[str, object]:
+    """Name how the weights' files become weights.
+
+    Raises:
+        InvalidError: They do not: the weights are drawn at random.
+    """
+    if load.load_format == "dummy":
+        raise InvalidError(
+            "load_format=dummy draws weights at random, so no other engine has the same: load real "
+            "weights, or run without prefixstore"
+        )
+    return {
+        "format": _plain(load.load_format),
+        "extra_config": _plain(load.model_loader_extra_config),
     }
 
 

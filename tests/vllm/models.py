@@ -100,11 +100,34 @@ def gpt_oss() -> Any:
     )
 
 
+def phi3() -> Any:
+    """Full attention whose RoPE has factors for short and for long contexts; the engine's limit chooses."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 32,
+        "long_factor": [4.0] * 32,
+        "original_max_position_embeddings": 2048,
+    }
+    return Phi3ForCausalLM(
+        Phi3Config(
+            **{key: value for key, value in COMMON.items() if key != "head_dim"},
+            intermediate_size=512,
+            tie_word_embeddings=False,
+            original_max_position_embeddings=2048,
+            rope_parameters=rope,
+        )
+    )
+
+
 RECIPES: dict[str, Callable[[], Any]] = {
     "llama": llama,
     "mistral": mistral,
     "gemma3": gemma3,
     "gpt-oss": gpt_oss,
+    "phi3": phi3,
 }
 
 
