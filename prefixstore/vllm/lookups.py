@@ -24,7 +24,7 @@ from enum import Enum, auto
 
 from prefixstore.keys import Key, kv_group
 
-__all__ = ["Answer", "Budget", "Question", "RequestLookup", "match"]
+__all__ = ["Answer", "Budget", "Chains", "Question", "RequestLookup", "match"]
 
 
 class Answer(Enum):
@@ -170,6 +170,45 @@ def _chunk_tokens(ends: Mapping[Key, int]) -> int:
     return min(
         (after - before for before, after in itertools.pairwise(ordered)), default=ordered[0]
     )
+
+
+class Chains:
+    """The keys of one request with their end tokens and parents; grows with the request.
+
+    vLLM names a request's keys front to back in each group, so a new key's parent is the one named
+    last. A key inside what is known already, such as a state at a boundary of its own, follows the
+    nearest one before it. Not thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._places: dict[Key, tuple[int, Key | None]] = {}
+        self._last: dict[int, tuple[int, Key]] = {}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def learn(self, keys: Iterable[tuple[Key, int]]) -> None:
+        """Take further keys with their end tokens, in the order in which vLLM named them."""
+        for key, end in keys:
+            group = kv_group(key)
+            last_end, last = self._last.get(group, (0, None))
+            if last is None or end > last_end:
+                self._places[key] = (end, last)
+                self._last[group] = (end, key)
+            else:
+                self._places[key] = (end, self._nearest_before(group, end))
+
+    def place(self, key: Key) -> tuple[int, Key | None]:
+        """Return a key's end token and its parent; (0, None) for a key that is not known."""
+        return self._places.get(key, (0, None))
+
+    def _nearest_before(self, group: int, end: int) -> Key | None:
+        before = [
+            (other_end, other)
+            for other, (other_end, _) in self._places.items()
+            if kv_group(other) == group and other_end < end
+        ]
+        return max(before)[1] if before else None
 
 
 class Budget:

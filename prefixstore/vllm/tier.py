@@ -47,7 +47,7 @@ from prefixstore.vllm import metrics
 from prefixstore.vllm.compat import request_keys
 from prefixstore.vllm.guard import guarded
 from prefixstore.vllm.layout import Span
-from prefixstore.vllm.lookups import Answer, Budget, Question, RequestLookup
+from prefixstore.vllm.lookups import Answer, Budget, Chains, Question, RequestLookup
 from prefixstore.vllm.options import FRONT_DOOR, TierOptions
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ class _Request:
 
     context: ReqContext
     lookup: RequestLookup = field(default_factory=RequestLookup)
+    chains: Chains = field(default_factory=Chains)
     bypassed: bool = False
     waits_since_s: float | None = None
 
@@ -138,6 +139,7 @@ class PrefixStoreTier(SecondaryTierManager):
         )
         self._budget = Budget(slots)
         self._requests: dict[str, _Request] = {}
+        self._asking: set[str] = set()  # Requests with questions to put at the step's end.
         self._questions: dict[int, tuple[str, Question]] = {}
         self._next_ticket = 0
         self._results: list[JobResult] = []
@@ -212,7 +214,10 @@ class PrefixStoreTier(SecondaryTierManager):
             return LookupResult.MISS
         if request.lookup.undecided:
             self._decide(req_context.req_id, request)
-        return ANSWERS[request.lookup.ask(Key(key), end_token)]
+        answer = request.lookup.ask(Key(key), end_token)
+        if answer is Answer.RETRY:
+            self._asking.add(req_context.req_id)
+        return ANSWERS[answer]
 
     @override
     @guarded(lambda: None)
@@ -225,14 +230,10 @@ class PrefixStoreTier(SecondaryTierManager):
             # An engine with nothing else to do turns without a pause, and would keep the GIL from the
             # pump that it waits for.
             self._clock.sleep(YIELD_S)
-        for request_id, request in self._requests.items():
-            for question in request.lookup.take_questions():
-                self._next_ticket += 1
-                if binding.client.ready:
-                    self._questions[self._next_ticket] = (request_id, question)
-                    binding.client.find(self._next_ticket, question.keys, chained=question.chained)
-                else:
-                    request.lookup.take_verdict(question, [False] * len(question.keys))
+        asking, self._asking = self._asking, set()
+        for request_id in asking:
+            if (request := self._requests.get(request_id)) is not None:
+                self._put_questions(binding, request_id, request)
 
     @override
     def submit_load(self, job_metadata: TransferJob) -> None:
@@ -346,6 +347,16 @@ class PrefixStoreTier(SecondaryTierManager):
     def _serving(self) -> _Binding | None:
         return self._binding if self._off_reason is None else None
 
+    def _put_questions(self, binding: _Binding, request_id: str, request: _Request) -> None:
+        """Ask the store about the keys that a request's lookups came to in this step."""
+        for question in request.lookup.take_questions():
+            if not binding.client.ready:
+                request.lookup.take_verdict(question, [False] * len(question.keys))
+                continue
+            self._next_ticket += 1
+            self._questions[self._next_ticket] = (request_id, question)
+            binding.client.find(self._next_ticket, question.keys, chained=question.chained)
+
     def _decide(self, request_id: str, request: _Request) -> None:
         """Admit the match of a request whose verdicts are all in, if there is room for it."""
         wanted = request.lookup.wanted()
@@ -396,22 +407,10 @@ class PrefixStoreTier(SecondaryTierManager):
         request = self._requests.get(job.req_context.req_id)
         if request is None or request.bypassed:
             return "bypassed"
-        ends: dict[Key, int] = {}
-        parents: dict[Key, Key | None] = {}
-        last: dict[int, Key] = {}
-        for key, end in sorted(request_keys(job.req_context), key=lambda item: item[1]):
-            group = kv_group(key)
-            ends[key] = end
-            parents[key] = last.get(group)
-            last[group] = key
+        chains = request.chains
+        chains.learn(request_keys(job.req_context, start=len(chains)))
         chunks = [
-            self._chunk_store(
-                binding,
-                Key(key),
-                int(slot),
-                parent=parents.get(Key(key)),
-                end=ends.get(Key(key), 0),
-            )
+            self._chunk_store(binding, Key(key), int(slot), *chains.place(Key(key)))
             for key, slot in zip(job.keys, job.chunk_ids, strict=True)
         ]
         # vLLM hands over a set: parents before children, so that a crash leaves no gap.
@@ -428,7 +427,7 @@ class PrefixStoreTier(SecondaryTierManager):
         )
 
     def _chunk_store(
-        self, binding: _Binding, key: Key, slot: int, *, parent: Key | None, end: int
+        self, binding: _Binding, key: Key, slot: int, end: int, parent: Key | None
     ) -> ChunkStore:
         group = kv_group(key)
         address, spans = self._slot_address(slot), binding.spans[group]
@@ -451,7 +450,9 @@ class PrefixStoreTier(SecondaryTierManager):
             for completion in self._binding.client.poll():
                 self._take(completion)
 
+    @guarded(lambda: None)
     def _take(self, completion: Completion) -> None:
+        """Account for one completion; guarded alone, so that one that fails costs no other."""
         match completion:
             case FindDone():
                 request_id, question = self._questions.pop(completion.ticket)

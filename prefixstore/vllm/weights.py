@@ -6,6 +6,7 @@ inode, size and times, so that an unchanged model costs a few stats.
 """
 
 import re
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -63,7 +64,7 @@ class WeightDigests:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_suffix(f".{id(self)}.tmp")
+            temporary = self._path.with_suffix(f".{uuid.uuid4().hex}.tmp")
             temporary.write_bytes(msgspec.json.encode(self._known))
             temporary.replace(self._path)
         except OSError:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefixstore.keys import Key
-from prefixstore.vllm.lookups import Answer, Budget, RequestLookup, match
+from prefixstore.vllm.lookups import Answer, Budget, Chains, RequestLookup, match
 
 CHUNK = 16
 
@@ -155,3 +155,27 @@ def test_promises_never_exceed_the_slots_but_for_one_that_is_alone(steps):
             promised[request] = promised.get(request, 0) + slots
 
         assert sum(promised.values()) <= 8 or len(promised) == 1
+
+
+def test_parents_are_known_however_the_request_grows():
+    """Keys learnt in parts have the same parents as keys learnt at once, each group its own."""
+    named = [(key(i, group), (i + 1) * CHUNK) for group in range(2) for i in range(4)]
+    later = [(key(i, group), (i + 1) * CHUNK) for group in range(2) for i in range(4, 6)]
+    grown = Chains()
+    grown.learn(named)
+    grown.learn(later)
+
+    assert (CHUNK, None) == grown.place(key(0))
+    assert (5 * CHUNK, key(3, 1)) == grown.place(key(4, 1))
+    assert 12 == len(grown)
+    assert (0, None) == grown.place(key(9))
+
+
+def test_a_boundary_inside_the_known_follows_the_nearest_key_before_it():
+    """A state that is stored at a boundary of its own hangs on the last whole chunk before it."""
+    chains = Chains()
+    chains.learn([(key(0), CHUNK), (key(1), 2 * CHUNK), (key(77), CHUNK + 4)])
+
+    assert (CHUNK + 4, key(0)) == chains.place(key(77))
+    chains.learn([(key(2), 3 * CHUNK)])
+    assert (3 * CHUNK, key(1)) == chains.place(key(2))

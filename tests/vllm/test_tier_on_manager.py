@@ -336,6 +336,20 @@ def test_no_failure_of_ours_crosses_into_the_manager(drive):
     assert "vllm:prefixstore_failed_callbacks" in data
 
 
+def test_a_completion_that_cannot_be_taken_costs_no_other(drive):
+    """An answer to a question that nobody asked is swallowed; the jobs beside it still end."""
+    driver = drive()
+    driver.await_state("on")
+    driver.tier._binding.client.find(10**9, [], chained=True)
+
+    assert 0 == driver.serve("r1", prompt("a", 5))
+    driver.settle()
+
+    assert not driver.manager._jobs
+    failed = driver.tier.get_stats().data["data"]["vllm:prefixstore_failed_callbacks"]
+    assert {("_take",): 1} == failed
+
+
 def test_every_job_is_reported_exactly_once(drive):
     """Unknown tickets and second reports assert in vLLM's manager; none may come from us."""
     driver = drive()
