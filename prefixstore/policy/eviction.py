@@ -3,7 +3,8 @@
 The rule, in the order of its clauses:
 
     1. Only chunks with refcount 0 go: no stored child, no pin, no transfer in flight.
-    2. Of those, the one least recently used goes first; of one second, the deepest.
+    2. Of those, the one least recently used goes first; of one second, the deepest. That order is the
+       default; it can be exchanged, so that others can be compared with it (docs/benchmarks/policy.md).
     3. Its parent then has a child less, and may be the next.
     4. Enough is enough: stop when the bytes asked for are free and nothing left is too old.
 
@@ -31,7 +32,9 @@ __all__ = [
     "Candidate",
     "EvictionPlan",
     "EvictionReason",
+    "Order",
     "Victim",
+    "least_recently_used",
     "never_busy",
     "plan_eviction",
 ]
@@ -79,10 +82,19 @@ class Candidate(NamedTuple):
         """The chunk's name within the root."""
         return self.namespace, self.key
 
-    @property
-    def rank(self) -> tuple[int, int, NamespaceId, Key]:
-        """Its place in the order of eviction: the smallest goes first."""
-        return self.used_s, -self.end_token, self.namespace, self.key
+
+Rank: TypeAlias = tuple[float, int, NamespaceId, Key]
+Order: TypeAlias = Callable[[Candidate], Rank]
+"""Gives a chunk its place among those that may go: the smallest goes first."""
+
+
+def least_recently_used(candidate: Candidate) -> Rank:
+    """Order by recency; of one second, the deepest goes first.
+
+    The default, and the order in which an index yields its rows. The orders that it was compared with
+    are in ``tools/benchmarks/policy_orders.py``.
+    """
+    return candidate.used_s, -candidate.end_token, candidate.namespace, candidate.key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,9 +131,10 @@ def never_busy(_namespace: NamespaceId, _key: Key) -> bool:
 
 
 def plan_eviction(
-    oldest_first: Iterable[Candidate],
+    candidates: Iterable[Candidate],
     *,
     find: Callable[[NamespaceId, Key], Candidate | None],
+    order: Order = least_recently_used,
     busy: Callable[[NamespaceId, Key], bool] = never_busy,
     free_bytes: int = 0,
     used_before_s: int = 0,
@@ -129,34 +142,38 @@ def plan_eviction(
 ) -> EvictionPlan:
     """Choose chunks until ``free_bytes`` are found and nothing evictable is older than allowed.
 
-    The work is one pass over ``oldest_first``, up to the last victim, and one or two ``find``
+    The work is one pass over ``candidates``, up to the last victim, and one or two ``find``
     for each parent of a victim.
 
     Args:
-        oldest_first: Every chunk once, in the order of ``Candidate.rank``.
+        candidates: Every chunk once, sorted by ``order``.
         find: Returns the same chunk by its name, or None if it is not stored.
+        order: Who goes first of those that may.
         busy: Says whether a transfer is in flight from or to a chunk. Who stores a chunk holds its
             parent busy, too, until the child is among the candidates.
         free_bytes: How many bytes to free.
-        used_before_s: Chunks that nobody used since then go whatever their size; 0 for none.
+        used_before_s: Chunks that nobody used since then go whatever their size; 0 for none. Takes
+            the order of recency.
         victims_max: Where the plan ends at the latest.
 
     Raises:
-        InvalidError: A limit is negative.
+        InvalidError: A limit is negative, or there is an age without the order of recency.
     """
     if min(free_bytes, used_before_s, victims_max) < 0:
         raise InvalidError(
             f"eviction limits are not negative: free_bytes {free_bytes}, "
             f"used_before_s {used_before_s}, victims_max {victims_max}"
         )
+    if used_before_s and order is not least_recently_used:
+        raise InvalidError("an age limit takes the order of recency: others do not end at an age")
     victims: list[Victim] = []
     freed_bytes = 0
     truncated = False
-    queue = Queue(oldest_first, find=find, busy=busy)
+    queue = Queue(candidates, order=order, find=find, busy=busy)
     while (candidate := queue.pop()) is not None:
         too_old = candidate.used_s < used_before_s
         if not too_old and freed_bytes >= free_bytes:
-            # Whatever is left is as young or younger.
+            # Whatever is left is as young or younger, or has no age to go by.
             break
         if len(victims) == victims_max:
             truncated = True
@@ -181,7 +198,7 @@ def plan_eviction(
 
 
 class Queue:
-    """Evictable chunks in the order of their rank, including those that became so on the way.
+    """Evictable chunks in their order, including those that became so on the way.
 
     Joins two sources: the candidates, where a chunk with children is passed over, and a heap of
     chunks that lost their last child after they had been passed. Memory grows with the victims, not
@@ -190,22 +207,24 @@ class Queue:
 
     def __init__(
         self,
-        oldest_first: Iterable[Candidate],
+        candidates: Iterable[Candidate],
         *,
+        order: Order,
         find: Callable[[NamespaceId, Key], Candidate | None],
         busy: Callable[[NamespaceId, Key], bool],
     ) -> None:
-        self._stream = iter(oldest_first)
+        self._stream = iter(candidates)
+        self._order = order
         self._find = find
         self._busy = busy
         self._head = next(self._stream, None)
-        self._freed: list[tuple[tuple[int, int, NamespaceId, Key], Candidate]] = []
+        self._freed: list[tuple[Rank, Candidate]] = []
         self._children_left: dict[Address, int] = {}
 
     def pop(self) -> Candidate | None:
         """Take the next evictable chunk, or None when there is none left."""
         while True:
-            if self._freed and (self._head is None or self._freed[0][0] <= self._head.rank):
+            if self._freed and (self._head is None or self._freed[0][0] <= self._order(self._head)):
                 _, candidate = heapq.heappop(self._freed)
             elif self._head is not None:
                 candidate, self._head = self._head, next(self._stream, None)
@@ -233,4 +252,4 @@ class Queue:
         if self._children_left[address] == 0:
             parent = parent or self._find(*address)
             if parent is not None:
-                heapq.heappush(self._freed, (parent.rank, parent))
+                heapq.heappush(self._freed, (self._order(parent), parent))

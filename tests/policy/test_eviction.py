@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 
 from prefixstore.errors import InvalidError
 from prefixstore.keys import Key, NamespaceId
-from prefixstore.policy.eviction import Candidate, EvictionReason, plan_eviction
+from prefixstore.policy.eviction import (
+    Candidate,
+    EvictionReason,
+    least_recently_used,
+    plan_eviction,
+)
 
 ONE = NamespaceId("11" * 16)
 TWO = NamespaceId("22" * 16)
@@ -43,7 +48,7 @@ def forest(chunks):
         )
         for chunk in chunks
     ]
-    return sorted(counted, key=lambda chunk: chunk.rank)
+    return sorted(counted, key=least_recently_used)
 
 
 def plan(chunks, *, busy=frozenset(), **limits):
@@ -62,7 +67,7 @@ def names(found):
     return [victim.key.decode().strip(".") for victim in found.victims]
 
 
-def by_the_book(chunks, *, busy, free_bytes, used_before_s):
+def by_the_book(chunks, *, busy, free_bytes, used_before_s, order=least_recently_used):
     """Evict by the rule's own words, looking at every chunk before each choice."""
     left = {chunk.address: chunk for chunk in chunks}
     gone, freed = [], 0
@@ -76,7 +81,7 @@ def by_the_book(chunks, *, busy, free_bytes, used_before_s):
         ]
         if not evictable:
             return gone, freed
-        oldest = min(evictable, key=lambda chunk: chunk.rank)
+        oldest = min(evictable, key=order)
         if freed >= free_bytes and oldest.used_s >= used_before_s:
             return gone, freed
         gone.append(left.pop(oldest.address))
@@ -218,6 +223,30 @@ def test_contradicting_counts_are_safe():
     assert ["leaf"] == names(plan(chunks, free_bytes=99))
     chunks = [make("leaf", parent="root"), make("root", children=0, used_s=1)]
     assert ["leaf"] == names(plan(chunks, free_bytes=99))
+
+
+def deepest_first(chunk):
+    """Order by depth alone."""
+    return -chunk.end_token, 0, chunk.namespace, chunk.key
+
+
+@given(data=st.data(), chunks=forests())
+@settings(max_examples=100, deadline=None)
+def test_another_order_keeps_the_other_clauses(data, chunks):
+    """With an order of its own a plan takes no parent before its children, no pin, and no more."""
+    free_bytes = data.draw(st.integers(0, 60))
+    expected = by_the_book(
+        chunks, busy=set(), free_bytes=free_bytes, used_before_s=-1, order=deepest_first
+    )
+    found = plan(sorted(chunks, key=deepest_first), order=deepest_first, free_bytes=free_bytes)
+    assert [chunk.address for chunk in expected[0]] == [(v.namespace, v.key) for v in found.victims]
+    assert expected[1] == found.file_bytes
+
+
+def test_an_age_takes_the_order_of_recency():
+    """Another order would stop at a young chunk and leave older ones behind it."""
+    with pytest.raises(InvalidError, match="order of recency"):
+        plan([], order=deepest_first, used_before_s=1)
 
 
 @pytest.mark.parametrize("limit", ["free_bytes", "used_before_s", "victims_max"])

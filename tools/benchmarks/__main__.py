@@ -9,6 +9,9 @@ VERBS = {
     "scheduler": ("scheduler", "what I/O costs a scheduler's loop"),
     "index": ("index", "what the index's calls cost"),
     "ttft": ("ttft", "time to first token: computed, from the store, from the engine's own memory"),
+    "policy": ("policy", "which order of eviction saves most, by simulation"),
+    "discovery": ("discovery", "how another host's chunks are found, on a shared filesystem"),
+    "touch": ("touch", "what keeping recency costs beside a request's loads and stores"),
 }
 
 
