@@ -27,6 +27,7 @@ class PinBook:
         self._signature: Signature | None = None
         self._pins: tuple[Pin, ...] = ()
         self._counts: dict[Address, int] = {}
+        self._counted_at_s = 0
         self._counts_end_s = 0.0
 
     def held(self, *, now_s: int) -> dict[Address, int]:
@@ -42,10 +43,12 @@ class PinBook:
                 # A file that changes between the two readings changes the signature again.
                 self._pins = tuple(self.files)
                 self._signature = signature
-            elif now_s < self._counts_end_s:
+            elif self._counted_at_s <= now_s < self._counts_end_s:
+                # Time goes back when a host whose clock is ahead learns the server's.
                 return self._counts
             ends = [pin.ends_at_s for pin in self._pins if pin.ends_at_s is not None]
             self._counts = pinned_keys(self._pins, now_s=now_s)
+            self._counted_at_s = now_s
             self._counts_end_s = min((end for end in ends if end > now_s), default=float("inf"))
             return self._counts
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prefixstore.store import PrefixStore
-from prefixstore.testing.chains import chain, store_chain
+from prefixstore.testing.chains import chain, load, payload_of, store_chain
 from prefixstore.testing.clock import ManualClock
 from prefixstore.tree.osfs import RealOs
 
@@ -51,3 +51,14 @@ def test_a_filesystem_that_dates_files_by_their_writer_misleads_nobody(
     path = Path(store.root.layout.blob(store.namespace, key))
     assert path.stat().st_mtime > time.time() + AHEAD_S / 2
     assert abs(store._parts.membership.now_s() - time.time()) < 5
+
+
+def test_a_pin_of_a_host_that_did_not_know_the_time_is_held(open_store: OpenStore) -> None:
+    """A host that took a pin for ended, by its own clock, keeps it once it goes by the server's."""
+    ahead = open_store(clock=ManualClock(start_s=time.time() + AHEAD_S), index=None)
+    (key,) = keys = chain("pinned", 1)
+    store_chain(open_store(index=None), keys)
+    ahead.pin("for-an-hour", keys, ends_at_s=int(time.time()) + 3600)
+
+    assert ahead.evict(0).evicted_chunks == 0
+    assert load(ahead, key) == payload_of(key)
