@@ -1,10 +1,12 @@
 """``prefixstore stats``: what a root holds."""
 
+import signal
+import threading
 from typing import TYPE_CHECKING
 
 import click
 
-from prefixstore.cli.options import INDEX_DIR, JSON, ROOT, note, open_store
+from prefixstore.cli.options import AGE, INDEX_DIR, JSON, ROOT, note, open_store
 from prefixstore.cli.render import echo_json, echo_table
 from prefixstore.cli.units import format_size
 
@@ -17,12 +19,46 @@ __all__ = ["command"]
 @click.command("stats", epilog="Example: prefixstore stats /mnt/kv --json | jq .file_bytes")
 @ROOT
 @INDEX_DIR
+@click.option(
+    "--serve",
+    "port",
+    type=click.IntRange(0, 65535),
+    metavar="PORT",
+    help="Stay, and serve the figures to Prometheus on this port; 0 takes a free one.",
+)
+@click.option(
+    "--address",
+    default="127.0.0.1",
+    show_default=True,
+    help="With --serve: the address to listen on; 0.0.0.0 for all of this host's.",
+)
+@click.option(
+    "--interval",
+    type=AGE,
+    default="5m",
+    show_default=True,
+    help="With --serve: how long to wait between two looks at the root.",
+)
 @JSON
-def command(root: str, *, index_dir: str | None, as_json: bool) -> int:
-    """Show what ROOT holds, by namespace. Scans it: a million chunks take about half a minute."""
+def command(
+    root: str,
+    *,
+    index_dir: str | None,
+    port: int | None,
+    address: str,
+    interval: float,
+    as_json: bool,
+) -> int:
+    """Show what ROOT holds, by namespace. Scans it: a million chunks take about half a minute.
+
+    With --serve it becomes a Prometheus exporter for the root.
+    """
     from prefixstore.cli.main import EXIT_FAILED
     from prefixstore.ops.report import report
 
+    if port is not None:
+        _serve(root, index_dir=index_dir, port=port, address=address, interval_s=interval)
+        return 0
     with open_store(root, index_dir=index_dir, read_only=True) as store:
         note(f"Scanning {root} ...")
         found = report(store)
@@ -33,6 +69,33 @@ def command(root: str, *, index_dir: str | None, as_json: bool) -> int:
     for error in found.errors:
         click.echo(f"Warning: not everything is counted: {error}", err=True)
     return EXIT_FAILED if found.errors else 0
+
+
+def _serve(root: str, *, index_dir: str | None, port: int, address: str, interval_s: float) -> None:
+    """Answer Prometheus until SIGINT or SIGTERM."""
+    from prometheus_client import CollectorRegistry, start_http_server
+
+    from prefixstore.ops.exporter import RootExporter
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with open_store(root, index_dir=index_dir, read_only=True) as store:
+        exporter = RootExporter(store)
+        registry = CollectorRegistry()
+        registry.register(exporter)
+        try:
+            server, _ = start_http_server(port, address, registry)
+        except OSError as error:
+            raise click.ClickException(
+                f"cannot listen on {address} port {port}: {error.strerror}; name another --serve PORT"
+            ) from error
+        click.echo(f"Serving http://{address}:{server.server_port}/metrics of {root}", err=True)
+        try:
+            exporter.run(interval_s=interval_s, stop=stop)
+        finally:
+            server.shutdown()
+            server.server_close()
 
 
 def _echo(found: "RootReport") -> None:

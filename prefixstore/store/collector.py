@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from prefixstore.errors import ClosedError, PrefixStoreError
 from prefixstore.store.evictor import Evictor
+from prefixstore.store.history import forget_old_history
 from prefixstore.store.parts import Parts
 from prefixstore.tree.lease import BEAT_S, Lease
 
@@ -135,6 +136,7 @@ class Collector:
             else:
                 parts.counters.add(orphans_removed=parts.membership.reap())
                 parts.usage.forget_old(server_now_s=parts.membership.now_s())
+                forget_old_history(parts.root, server_now_s=parts.membership.now_s())
         except ClosedError:
             return  # Closed under its feet, when a hung mount has outlasted the close.
         except PrefixStoreError as error:

@@ -6,7 +6,7 @@ One background thread takes what the callers left behind, twice a second or as s
     used(keys)      -> recency in the index, then a touch on disk for the blobs that are due for one
 
 and has the writers of a root with a quota tell each other what they have stored
-(``prefixstore.store.usage``).
+(``prefixstore.store.usage``), and writes down what was counted (``prefixstore.store.history``).
 
 All of it is a hint, so all of it is bounded: when the thread cannot keep up (a hung mount stops its
 touches) the oldest work is dropped. A dropped touch makes a chunk look older than it is; a dropped row
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from prefixstore.errors import ClosedError, PrefixStoreError
 from prefixstore.index.base import Entry
 from prefixstore.keys import Key, NamespaceId
+from prefixstore.store.history import Recorder
 from prefixstore.store.parts import Parts
 
 __all__ = ["Keeper"]
@@ -53,6 +54,15 @@ class Keeper:
         self._membership = parts.membership
         self._counters = parts.counters
         self._usage = parts.usage
+        self._recorder = Recorder(
+            parts.root,
+            parts.counters,
+            writer=parts.tree.writer,
+            namespace=namespace,
+            enabled=not parts.config.read_only,
+            clock=parts.clock,
+            now_s=parts.membership.now_s,
+        )
         self._background = parts.background
         # A store that only serves leaves the times on disk to others.
         self._refresh_s = None if parts.config.read_only else int(parts.config.touch_interval_s)
@@ -112,6 +122,7 @@ class Keeper:
         """Do all that waits now, in the caller's thread."""
         self.flush()
         self._usage.exchange()
+        self._recorder.record()
         while self._due and not self._closing:
             self._touch_due()
 
@@ -124,6 +135,7 @@ class Keeper:
             thread.join(timeout_s)
         self.flush()
         self._usage.exchange(at_once=True)
+        self._recorder.record(at_once=True)
         return thread is None or not thread.is_alive()
 
     def _start(self) -> None:
@@ -142,6 +154,7 @@ class Keeper:
             try:
                 self.flush()
                 self._usage.exchange()
+                self._recorder.record()
                 self._touch_due()
             except ClosedError:
                 return  # Closed under its feet, when a hung mount has outlasted the close.

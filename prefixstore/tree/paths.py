@@ -7,6 +7,7 @@
     writers/<writer>.json            who the writer is
     pins/<name>.json                 a named set of keys that eviction keeps
     quarantine/<reason>.<id>.<key>.kv    corrupt blobs, kept for inspection
+    collector/, history/             small files of the writers about themselves
 
 Two levels of 256 directories: a flat directory fails on ext4 in the millions, while 65,536 leaves keep a
 hundred million blobs at some 1,500 names each. A blob lies in one directory all its life, so its inode and
@@ -82,7 +83,16 @@ def is_pin_name(name: str) -> bool:
 class Layout:
     """The paths of one root. Immutable."""
 
-    __slots__ = ("collector", "namespaces", "pins", "quarantine", "root", "store", "writers")
+    __slots__ = (
+        "collector",
+        "history",
+        "namespaces",
+        "pins",
+        "quarantine",
+        "root",
+        "store",
+        "writers",
+    )
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -92,6 +102,7 @@ class Layout:
         self.pins = f"{root}/pins"
         self.quarantine = f"{root}/quarantine"
         self.collector = f"{root}/collector"
+        self.history = f"{root}/history"
 
     def namespace(self, namespace: NamespaceId) -> str:
         """Return a namespace's directory."""

@@ -159,7 +159,7 @@ class Writers:
 
     def _reap_documents(self, *, server_now_s: float) -> int:
         layout = self._root.layout
-        directories = [layout.root, layout.writers, layout.pins, layout.collector]
+        directories = [layout.root, layout.writers, layout.pins, layout.collector, layout.history]
         directories += [layout.namespace(namespace) for namespace in self._root.namespaces()]
         files = 0
         for directory in directories:

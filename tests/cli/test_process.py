@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,3 +133,29 @@ def test_importing_the_package_is_cheap() -> None:
         "lmdb",
         "click",
     }
+
+
+def test_a_root_is_exported_until_it_is_told_to_stop(tmp_path: Path) -> None:
+    """Prometheus finds the page under the printed address; SIGTERM ends the exporter in order."""
+    root = str(tmp_path / "root")
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "prefixstore.cli"]
+    subprocess.run([*command, "init", root], check=True, timeout=60, env=environment)
+    with subprocess.Popen(
+        [*command, "stats", root, "--serve", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as exporter:
+        try:
+            said = exporter.stderr.readline()
+            address = said.split()[1]
+            page = ""
+            while "prefixstore_root_up 1.0" not in page:
+                with urllib.request.urlopen(address, timeout=30) as answer:
+                    page = answer.read().decode()
+                time.sleep(0.05)
+            exporter.terminate()
+            assert exporter.wait(60) == 0
+        finally:
+            exporter.kill()
