@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 from prefixstore.clock import Clock, SystemClock
 from prefixstore.ioproc.jobs import (
+    ChunkChange,
     ChunkLoad,
     ChunkStore,
     Completion,
@@ -53,6 +54,7 @@ class IoClient:
         self._progress = threading.Event()
         self._next_expiry_s = 0.0
         self._stores_waiting = 0
+        self._changes_lost = 0
         self._closed = False
         self._pump = Pump(
             target,
@@ -130,6 +132,17 @@ class IoClient:
             self._next_expiry_s = now_s + EXPIRY_INTERVAL_S
             completions += self._expire(now_s)
         return completions
+
+    def take_changes(self) -> tuple[list[ChunkChange], int]:
+        """Return what was published or went since the last call, in order, and how much was forgotten.
+
+        Only with ``Limits.changes_max``. A chunk whose job was given up is told of, too, if it was
+        published after all.
+        """
+        changes = self._pump.changes
+        lost_before, self._changes_lost = self._changes_lost, self._pump.changes_lost
+        taken = [changes.popleft() for _ in range(len(changes))]
+        return taken, self._changes_lost - lost_before
 
     @property
     def busy(self) -> bool:

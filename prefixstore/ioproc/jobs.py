@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from prefixstore.keys import Key
 
 __all__ = [
+    "ChunkChange",
     "ChunkLoad",
     "ChunkStore",
     "Completion",
@@ -42,6 +43,8 @@ class Limits:
             so that a slow disk costs hits later rather than slots now.
         processes_stuck_max: Killed processes that a hung mount has not let go of yet; with that
             many, no other is started.
+        changes_max: Chunks published or gone that wait to be told to the caller; of more the oldest
+            are forgotten. 0 for a caller that does not ask.
     """
 
     buffer_count: int
@@ -55,6 +58,7 @@ class Limits:
     breaker_s: float = 5.0
     stores_waiting_max: int = 4096
     processes_stuck_max: int = 3
+    changes_max: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +145,14 @@ class StoreDone:
     skipped: dict[Key, str] = field(default_factory=dict)
     stored_bytes: int = 0
     elapsed_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkChange:
+    """A chunk is published now, by us or before us, or is not there any more."""
+
+    key: Key
+    gone: bool
 
 
 Completion = FindDone | LoadDone | StoreDone

@@ -26,6 +26,7 @@ __all__ = [
     "Find",
     "Found",
     "FrameReader",
+    "Gone",
     "Load",
     "Loaded",
     "Opened",
@@ -147,6 +148,12 @@ class Stored(msgspec.Struct, tag=13, frozen=True, kw_only=True, array_like=True)
     elapsed_s: float
 
 
+class Gone(msgspec.Struct, tag=15, frozen=True, kw_only=True, array_like=True):
+    """These chunks are not there any more: evicted, damaged, or missed where they were promised."""
+
+    keys: list[bytes]
+
+
 class Counters(msgspec.Struct, tag=14, frozen=True, kw_only=True, array_like=True):
     """The store's counters since it was opened, by name."""
 
@@ -154,7 +161,7 @@ class Counters(msgspec.Struct, tag=14, frozen=True, kw_only=True, array_like=Tru
 
 
 Request = Configure | Find | Load | Store | Touch | Stop
-Reply = Opened | Found | Loaded | Stored | Counters
+Reply = Opened | Found | Loaded | Stored | Gone | Counters
 
 M = TypeVar("M")
 

@@ -18,6 +18,7 @@ from prefixstore.clock import Clock
 from prefixstore.errors import InvalidError, UnavailableError
 from prefixstore.ioproc.channels import Channel
 from prefixstore.ioproc.jobs import (
+    ChunkChange,
     ChunkLoad,
     ChunkStore,
     Completion,
@@ -32,6 +33,7 @@ from prefixstore.ioproc.messages import (
     Counters,
     Find,
     Found,
+    Gone,
     Load,
     Loaded,
     Opened,
@@ -118,6 +120,9 @@ class Pump:
         self.load_progress_s = 0.0
         self.store_progress_s = 0.0
         self.counters: dict[str, int] = {}
+        self.changes_lost = 0
+        # Filled here, emptied by the caller's side.
+        self.changes: deque[ChunkChange] = deque(maxlen=limits.changes_max)
         # Owned by the pump's thread.
         self._process: IoProcess | None = None
         self._stuck: list[IoProcess] = []
@@ -361,6 +366,8 @@ class Pump:
                     self._restart_delay_s = RESTART_FIRST_S
                     self._discard_index = False
                     self._root_was_there = True
+            case Gone():
+                self._note_changes([Key(key) for key in reply.keys], gone=True)
             case Counters():
                 before = self._counters_before
                 self.counters = {
@@ -416,6 +423,8 @@ class Pump:
         self, job: Job, chunk: ChunkStore, *, reason: str | None, reply: Stored | None = None
     ) -> None:
         """Account for a chunk that was stored, existed or was skipped."""
+        if reply is not None and reason is None:
+            self._note_changes([chunk.key], gone=False)
         with self._landing:
             if job.open and isinstance(job.done, StoreDone):
                 if reason is not None or reply is None:
@@ -426,6 +435,13 @@ class Pump:
                     job.done.stored.append(chunk.key)
                     job.done.stored_bytes += reply.stored_bytes
         self._end(job)
+
+    def _note_changes(self, keys: Sequence[Key], *, gone: bool) -> None:
+        """Keep changes for the caller, if it asks for them at all."""
+        if self._limits.changes_max:
+            free = self._limits.changes_max - len(self.changes)
+            self.changes_lost += max(0, len(keys) - free)
+            self.changes.extend(ChunkChange(key, gone) for key in keys)
 
     def _end(self, job: Job) -> None:
         """One operation of the job has ended; with the last, hand it to the caller."""

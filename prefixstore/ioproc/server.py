@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -32,6 +33,7 @@ from prefixstore.ioproc.messages import (
     Find,
     Found,
     FrameReader,
+    Gone,
     Load,
     Loaded,
     Opened,
@@ -134,7 +136,7 @@ class Server:
         self._arena.populate()
         while not self._leaving.is_set():
             try:
-                store = _open_as_permitted(request, fields, config)
+                store = _open_as_permitted(request, fields, config, gone=self._tell_gone)
             except (PrefixStoreError, OSError) as error:
                 self._send(Opened(state="off", reason=str(error)))
                 self._leaving.wait(delay_s)
@@ -144,6 +146,9 @@ class Server:
             state: State = "read_only" if store.read_only else "on"
             self._send(Opened(state=state, reason=f"serving {request.root}"))
             return
+
+    def _tell_gone(self, keys: Sequence[Key]) -> None:
+        self._send(Gone(keys=[bytes(key) for key in keys]))
 
     def _answer(self, request: Request) -> Reply | None:
         """Answer one request; an exception here is a bug of ours and still gets its reply."""
@@ -241,7 +246,11 @@ class Server:
 
 
 def _open_as_permitted(
-    request: Configure, fields: Fields | None, config: StoreConfig
+    request: Configure,
+    fields: Fields | None,
+    config: StoreConfig,
+    *,
+    gone: Callable[[Sequence[Key]], None],
 ) -> PrefixStore:
     """Open a root for writing, or for reading only where no more is allowed."""
 
@@ -252,6 +261,7 @@ def _open_as_permitted(
             config=config,
             create=request.create,
             discard_index=request.discard_index,
+            gone=gone,
         )
 
     if config.read_only:

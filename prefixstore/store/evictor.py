@@ -56,6 +56,7 @@ class Evictor:
         self._membership = parts.membership
         self._counters = parts.counters
         self._usage = parts.usage
+        self._gone = parts.gone
         self._remover = Remover(parts, namespace=namespace)
 
     def reconcile(self, *, stop: Callable[[], bool] = lambda: False) -> ReconcileReport:
@@ -63,7 +64,7 @@ class Evictor:
         if self._keeper is not None:
             self._keeper.flush()
         at_begin = self._usage.begin_scan()
-        report = reconcile(self._tree, self._hints, stop=stop)
+        report = reconcile(self._tree, self._hints, stop=stop, gone=self._gone)
         if report.finished:
             self._usage.end_scan(at_begin)
         return report

@@ -5,12 +5,14 @@ A plain record without behaviour. Who needs what is visible in each part's code;
 """
 
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from prefixstore.clock import Clock
 from prefixstore.config import StoreConfig
 from prefixstore.index.base import Index
+from prefixstore.keys import Key, NamespaceId
 from prefixstore.store.breaker import Breaker
 from prefixstore.store.counters import Counters
 from prefixstore.store.hints import Hints
@@ -24,7 +26,10 @@ from prefixstore.tree.blobs import BlobTree
 from prefixstore.tree.root import Root
 from prefixstore.tree.writers import Writers, this_process
 
-__all__ = ["Parts"]
+__all__ = ["Gone", "Parts"]
+
+Gone = Callable[[NamespaceId, Sequence[Key]], None]
+"""Told of chunks that are not there any more; called by any thread, must neither block nor raise."""
 
 SEEN_TTL_S = 1.0
 """How long a chunk that was just seen is believed to be there without another look: as long as a missing
@@ -55,6 +60,7 @@ class Parts:
         space: Room on the root.
         breaker: Whether writing is worth a try.
         background: Whether threads do what need not happen while a request waits.
+        gone: Told of chunks that this store removed, or found missing where the index promised them.
     """
 
     root: Root
@@ -72,10 +78,18 @@ class Parts:
     space: Space
     breaker: Breaker
     background: bool
+    gone: Gone
 
     @classmethod
     def build(
-        cls, root: Root, *, config: StoreConfig, index: Index, clock: Clock, background: bool
+        cls,
+        root: Root,
+        *,
+        config: StoreConfig,
+        index: Index,
+        clock: Clock,
+        background: bool,
+        gone: Gone,
     ) -> Self:
         """Build the parts of a store on ``root``; takes over ``index``."""
         hints = Hints(index)
@@ -112,4 +126,5 @@ class Parts:
             ),
             breaker=Breaker(pause_s=STORE_PAUSE_S, pause_max_s=STORE_PAUSE_MAX_S, clock=clock),
             background=background,
+            gone=gone,
         )

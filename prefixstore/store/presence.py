@@ -38,6 +38,7 @@ class Presence:
         self._missing = parts.missing
         self._present = parts.present
         self._counters = parts.counters
+        self._gone = parts.gone
         self._now_s = parts.membership.now_s
 
     def longest_prefix(self, keys: Sequence[Key]) -> int:
@@ -94,6 +95,7 @@ class Presence:
         found = gallop(len(keys) - 1, lambda at: self._look(keys[at]) is not None)
         # Rows between the real end and the known one would promise the same again.
         self._hints.remove_many(self._namespace, keys[found:])
+        self._gone(self._namespace, keys[found:])
         return found
 
     def _look(self, key: Key) -> int | None:

@@ -15,7 +15,7 @@ besides. A scan of a directory is not of one moment, so what seems to have vanis
 it may have been published after its directory was listed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from prefixstore.blob.header import BlobHeader, file_bytes
@@ -86,13 +86,18 @@ def record_of(header: BlobHeader, *, used_s: int, touched_s: int) -> Record:
 
 
 def reconcile(
-    tree: BlobTree, hints: Hints, *, stop: Callable[[], bool] = lambda: False
+    tree: BlobTree,
+    hints: Hints,
+    *,
+    gone: Callable[[NamespaceId, Sequence[Key]], None],
+    stop: Callable[[], bool] = lambda: False,
 ) -> ReconcileReport:
     """Compare all namespaces with the index and correct the index.
 
     Args:
         tree: The truth.
         hints: The index.
+        gone: Told of chunks whose row was removed.
         stop: Asked before each directory; True ends the scan early and leaves the rest as it was.
 
     Returns:
@@ -106,7 +111,7 @@ def reconcile(
         report.failed(error)
         return report
     for namespace in sorted(namespaces):
-        _Merge(tree, hints, namespace, report, stop).run()
+        _Merge(tree, hints, namespace, report, gone=gone, stop=stop).run()
     if report.finished:
         hints.set_mark(COMPLETE_MARK, "1")
     return report
@@ -121,12 +126,15 @@ class _Merge:
         hints: Hints,
         namespace: NamespaceId,
         report: ReconcileReport,
+        *,
+        gone: Callable[[NamespaceId, Sequence[Key]], None],
         stop: Callable[[], bool],
     ) -> None:
         self._tree = tree
         self._hints = hints
         self._namespace = namespace
         self._report = report
+        self._gone = gone
         self._stop = stop
         self._rows: Iterator[Row] = hints.scan(namespace)
         self._head = next(self._rows, None)
@@ -192,6 +200,7 @@ class _Merge:
         gone = [key for key in keys if self._tree.probe(self._namespace, key) is None]
         if gone:
             self._report.removed += self._hints.remove_many(self._namespace, gone)
+            self._gone(self._namespace, gone)
 
     def _put(self, *, at_least: int) -> None:
         if len(self._new) >= at_least:

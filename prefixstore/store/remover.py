@@ -51,6 +51,7 @@ class Remover:
         self._present = parts.present
         self._counters = parts.counters
         self._usage = parts.usage
+        self._gone = parts.gone
 
     def remove(self, chunks: Sequence[Doomed], tally: Tally) -> None:
         """Remove chunks, children before their parents; what stays is told to ``tally``."""
@@ -62,10 +63,12 @@ class Remover:
         # A crash here, and between any two blobs below, leaves blobs without rows.
         needed: set[Address] = set()
         back: list[Entry] = []
+        gone: dict[NamespaceId, list[Key]] = defaultdict(list)
         for chunk in chunks:
             if (chunk.namespace, chunk.key) in needed:
                 tally.kept["has_children"] += 1
             elif not tally.gave_up and self._unlink(chunk, tally):
+                gone[chunk.namespace].append(chunk.key)
                 continue
             # It is still there, so it is still counted, and so are its ancestors.
             if chunk.record is not None:
@@ -74,6 +77,8 @@ class Remover:
                     needed.add((chunk.namespace, chunk.record.parent))
         if back:
             self._hints.put_many(back)
+        for namespace, keys in gone.items():
+            self._gone(namespace, keys)
 
     def _unlink(self, chunk: Doomed, tally: Tally) -> bool:
         """Remove one blob; return whether it is gone."""

@@ -5,7 +5,7 @@ can be overtaken by another host. What is promised: a load that succeeds brought
 were published under that key in that namespace.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Self
 
 from prefixstore.clock import Clock, SystemClock
@@ -14,7 +14,7 @@ from prefixstore.errors import InvalidError
 from prefixstore.index.base import Index
 from prefixstore.keys import Fields, Key, NamespaceId
 from prefixstore.store.opening import open_index
-from prefixstore.store.parts import Parts
+from prefixstore.store.parts import Gone, Parts
 from prefixstore.store.presence import Presence
 from prefixstore.store.reconcile import COMPLETE_MARK
 from prefixstore.store.transfers import BytesLike, Transfers
@@ -62,6 +62,7 @@ class PrefixStore(Upkeep):
         background: bool = True,
         os_calls: Os | None = None,
         clock: Clock | None = None,
+        gone: Callable[[Sequence[Key]], None] | None = None,
     ) -> Self:
         """Open a root.
 
@@ -78,6 +79,8 @@ class PrefixStore(Upkeep):
                 to ``work``, for tools and tests that want it at a time of their own.
             os_calls: The seam to the filesystem; the machine's if None.
             clock: The clock; the machine's if None.
+            gone: Told of chunks of the namespace that this store evicted, or found missing where its
+                index promised them. Called by any thread; must neither block nor raise.
 
         Raises:
             InvalidError: The path, the namespace or the settings are wrong.
@@ -95,7 +98,12 @@ class PrefixStore(Upkeep):
         )
         try:
             parts = Parts.build(
-                opened, config=config, index=hint, clock=clock, background=background
+                opened,
+                config=config,
+                index=hint,
+                clock=clock,
+                background=background,
+                gone=_of_one(identity, gone),
             )
             store = cls(parts, namespace=identity)
         except BaseException:
@@ -208,3 +216,13 @@ class PrefixStore(Upkeep):
         if self._transfers is None:
             raise without_namespace("load or store")
         return self._transfers
+
+
+def _of_one(identity: NamespaceId | None, gone: Callable[[Sequence[Key]], None] | None) -> Gone:
+    """Tell only of chunks of one namespace."""
+
+    def tell(namespace: NamespaceId, keys: Sequence[Key]) -> None:
+        if gone is not None and namespace == identity and keys:
+            gone(keys)
+
+    return tell

@@ -75,6 +75,7 @@ class Transfers:
         self._counters = parts.counters
         self._clock = parts.clock
         self._read_only = parts.config.read_only
+        self._gone = parts.gone
         self._codec = CodecChoice(parts.config.codec)
         self._quarantine = Quarantine(parts.root, bytes_max=parts.config.quarantine_bytes_max)
         self._staging = threading.local()
@@ -193,6 +194,7 @@ class Transfers:
         self._present.forget((key,))
         self._missing.add(key)
         self._hints.remove_many(self._namespace, [key])
+        self._gone(self._namespace, [key])
         if miss.reason in DAMAGED:
             LOG.warning("prefixstore: damaged blob: %s", miss.detail or miss.reason)
             self._condemn(key, miss.reason)

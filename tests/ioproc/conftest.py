@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from prefixstore.clock import Clock, SystemClock
 from prefixstore.config import StoreConfig
 from prefixstore.ioproc.client import IoClient
 from prefixstore.ioproc.jobs import ChunkLoad, ChunkStore, Completion, Limits, StoreTarget
@@ -30,7 +31,7 @@ def make_client(root: Path, tmp_path: Path) -> Iterator[MakeClient]:
     """Give a function that starts a client of the test's root; all are closed at the end."""
     clients: list[IoClient] = []
 
-    def make(**limits: float) -> IoClient:
+    def make(*, clock: Clock | None = None, **limits: float) -> IoClient:
         client = IoClient(
             StoreTarget(
                 root=str(root),
@@ -40,6 +41,7 @@ def make_client(root: Path, tmp_path: Path) -> Iterator[MakeClient]:
                 ),
             ),
             Limits(**{"buffer_count": 6, "buffer_bytes": PAYLOAD_BYTES, **limits}),
+            clock=clock,
         )
         clients.append(client)
         return client
@@ -84,6 +86,21 @@ def await_jobs(client: IoClient) -> list[Completion]:
 def chain(count: int, salt: int = 0) -> list[Key]:
     """Return the keys of a prefix."""
     return [Key(bytes([salt]) + i.to_bytes(31, "big") + bytes(4)) for i in range(count)]
+
+
+class ShiftedClock(SystemClock):
+    """The machine's clock, with time that a test has made pass: deadlines without waiting for them."""
+
+    def __init__(self) -> None:
+        self._passed_s = 0.0
+
+    def monotonic_s(self) -> float:
+        """Return the machine's time and what was added."""
+        return super().monotonic_s() + self._passed_s
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self._passed_s += seconds
 
 
 class Slots:

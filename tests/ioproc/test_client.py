@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from prefixstore.ioproc.client import IoClient
-from prefixstore.ioproc.jobs import FindDone, LoadDone, StoreDone
+from prefixstore.ioproc.jobs import ChunkChange, FindDone, LoadDone, StoreDone
 from tests.ioproc.conftest import (
     PAYLOAD_BYTES,
+    ShiftedClock,
     Slots,
     await_jobs,
     await_state,
@@ -189,7 +190,8 @@ def test_a_killed_process_costs_its_operations_and_is_replaced(client):
 
 def test_a_hung_process_is_killed_and_replaced(make_client):
     """A process whose oldest operation is too old is taken for hung on its mount."""
-    client = make_client(load_deadline_s=0.2, find_deadline_s=0.2, hang_s=0.5, breaker_s=0.1)
+    clock = ShiftedClock()
+    client = make_client(clock=clock, find_deadline_s=100.0, hang_s=200.0)
     await_state(client, "on")
     keys = chain(1)
     store_chain(client, keys)
@@ -197,10 +199,14 @@ def test_a_hung_process_is_killed_and_replaced(make_client):
     stop(child)
 
     client.find(1, keys, chained=True)
+    wait_until(lambda: bool(client._pump._operations), "the find to be sent")
+    clock.advance(101.0)
     (found,) = await_jobs(client)
 
     assert [False] == found.present
     assert not found.answered
+    assert child == child_of(client)
+    clock.advance(100.0)
     wait_until(lambda: not Path(f"/proc/{child}/stat").exists(), "the end of the hung process")
     await_state(client, "on")
     client.find(2, keys, chained=True)
@@ -290,6 +296,27 @@ def test_too_many_waiting_stores_are_refused_at_once(make_client):
     await_jobs(client)
     assert client.store(3, [slots.store(keys[4], 4)])
     await_jobs(client)
+
+
+def test_changes_are_told_in_order_and_bounded(make_client, root):
+    """Whoever asks for changes gets the latest, and how many were forgotten; nobody else keeps any."""
+    client = make_client(changes_max=4)
+    await_state(client, "on")
+    keys = chain(6)
+    store_chain(client, keys)
+    changes, lost = client.take_changes()
+    for blob in root.glob("ns/*/*/*/*.kv"):
+        blob.unlink()
+    slots = Slots()
+    slots.put(0, bytes(PAYLOAD_BYTES))
+    client.load(1, [slots.load(keys[0], 0)])
+    await_jobs(client)
+    wait_until(lambda: bool(client._pump.changes), "the chunk to be told of")
+
+    assert 2 == lost
+    assert set(keys) > {change.key for change in changes}
+    assert [False] * 4 == [change.gone for change in changes]
+    assert ([ChunkChange(keys[0], gone=True)], 0) == client.take_changes()
 
 
 def test_draining_completes_every_job_in_bounded_time(make_client):
