@@ -5,14 +5,15 @@ its group's layers, and of those pages only what is not padding. The rest holds 
 prompts. So a payload is gathered from the owned **spans** of a slot and scattered back into them.
 
 Spans are known where the KV cache is registered, in each worker, and travel to the scheduler process
-by the connector's handshake. Pure: offsets in, offsets out.
+by the connector's handshake. Offsets in, offsets out, but for ``gather`` and ``scatter``, which copy.
 """
 
+import ctypes
 from collections.abc import Iterable, Sequence
 
 import msgspec
 
-__all__ = ["SlotLayout", "Span", "merge_spans"]
+__all__ = ["SlotLayout", "Span", "gather", "merge_spans", "scatter"]
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True, order=True):
@@ -71,3 +72,19 @@ def join_workers(layouts: Sequence[SlotLayout]) -> dict[int, list[Span]]:
             page_offset += layout.page_bytes
         joined[group] = merge_spans(spans)
     return joined
+
+
+def gather(payload: memoryview, address: int, spans: Sequence[Span]) -> None:
+    """Copy a slot's owned spans into a payload; without the GIL."""
+    target = ctypes.addressof(ctypes.c_char.from_buffer(payload))
+    for span in spans:
+        ctypes.memmove(target, address + span.offset, span.length)
+        target += span.length
+
+
+def scatter(payload: memoryview, address: int, spans: Sequence[Span]) -> None:
+    """Copy a payload into a slot's owned spans; without the GIL."""
+    source = ctypes.addressof(ctypes.c_char.from_buffer(payload))
+    for span in spans:
+        ctypes.memmove(address + span.offset, source, span.length)
+        source += span.length

@@ -22,6 +22,8 @@ LOAD_MISSES = "vllm:prefixstore_load_misses"
 STORES_SKIPPED = "vllm:prefixstore_stores_skipped"
 DECLINED_HITS = "vllm:prefixstore_declined_hits"
 FAILED_CALLBACKS = "vllm:prefixstore_failed_callbacks"
+STORES_REOFFERED = "vllm:prefixstore_stores_reoffered"
+EVENTS_LOST = "vllm:prefixstore_events_lost"
 COMPRESSION_SAVED_BYTES = "vllm:prefixstore_compression_saved_bytes"
 STATE = "vllm:prefixstore_state"
 
@@ -49,6 +51,14 @@ def metric_definitions() -> dict[str, OffloadingMetricMetadata]:
         FAILED_CALLBACKS: OffloadingCounterMetadata(
             documentation="Callbacks of prefixstore that failed and were answered with a miss.",
             labelnames=("callback",),
+        ),
+        STORES_REOFFERED: OffloadingCounterMetadata(
+            documentation=(
+                "Chunks that were skipped before and taken from the CPU tier once the store was able."
+            ),
+        ),
+        EVENTS_LOST: OffloadingCounterMetadata(
+            documentation="KV events of chunks that were not announced: too many waited for a step.",
         ),
         COMPRESSION_SAVED_BYTES: OffloadingCounterMetadata(
             documentation="Bytes that compression kept off the root, summed over stored chunks.",

@@ -10,7 +10,7 @@ server's process (for the metrics), and all of them must see the same.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
@@ -59,6 +59,8 @@ class TierOptions(StoreConfig, frozen=True, kw_only=True, forbid_unknown_fields=
         load_deadline_s: Loads that make no progress for so long are recomputed.
         store_deadline_s: Stores that make no progress for so long are dropped.
         drain_s: How long a reset or an orderly shutdown waits for stores.
+        enable_kv_events: Announce chunks stored and gone, where the engine publishes KV events at all.
+        locality: What vLLM is told of where the root is, for KV events and ``kv_load_tiers``.
     """
 
     root: str
@@ -70,6 +72,8 @@ class TierOptions(StoreConfig, frozen=True, kw_only=True, forbid_unknown_fields=
     load_deadline_s: POSITIVE_SECONDS = 10.0
     store_deadline_s: POSITIVE_SECONDS = 30.0
     drain_s: POSITIVE_SECONDS = 20.0
+    enable_kv_events: bool = True
+    locality: Literal["LOCAL", "REMOTE"] | None = None
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, object]) -> Self:

@@ -12,22 +12,29 @@ options, else when the workers have told the front door. Until then everything i
 import ctypes
 import logging
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 from typing_extensions import override
 from vllm.v1.kv_offload.base import (
+    Locality,
     LookupResult,
     Medium,
+    OffloadingEvent,
     OffloadingMetricMetadata,
     OffloadKey,
     ReqContext,
     RequestOffloadingContext,
     ScheduleEndContext,
 )
-from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+from vllm.v1.kv_offload.tiering.base import (
+    JobResult,
+    ParentManager,
+    SecondaryTierManager,
+    TransferJob,
+)
 
 from prefixstore.clock import Clock, SystemClock
 from prefixstore.errors import InvalidError
@@ -45,10 +52,12 @@ from prefixstore.ioproc.jobs import (
 from prefixstore.keys import Fields, Key, kv_group
 from prefixstore.vllm import metrics
 from prefixstore.vllm.compat import request_keys
+from prefixstore.vllm.events import CHANGES_MAX, events_of
 from prefixstore.vllm.guard import guarded
-from prefixstore.vllm.layout import Span
+from prefixstore.vllm.layout import Span, gather, scatter
 from prefixstore.vllm.lookups import Answer, Budget, Chains, Question, RequestLookup
 from prefixstore.vllm.options import FRONT_DOOR, TierOptions
+from prefixstore.vllm.reoffers import Place, Reoffers, pin_chunks
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
@@ -129,6 +138,12 @@ class PrefixStoreTier(SecondaryTierManager):
                 "layout, so it needs a 'namespace': a name that you change whenever anything that "
                 "decides KV changes. PrefixStoreConnector works it out by itself"
             )
+        if self._options.locality is not None:
+            self.locality = Locality(self._options.locality)
+        self._announces = (
+            self._options.enable_kv_events
+            and offloading_spec.kv_events_config.enable_kv_cache_events
+        )
         self._clock = clock or SystemClock()
         self._metrics = metrics.TierMetrics()
         self._metrics.set_state("opening")
@@ -143,6 +158,8 @@ class PrefixStoreTier(SecondaryTierManager):
         self._questions: dict[int, tuple[str, Question]] = {}
         self._next_ticket = 0
         self._results: list[JobResult] = []
+        self._reoffers = Reoffers()
+        self._storing: dict[int, dict[Key, Place]] = {}
         self._binding: _Binding | None = None
         self._off_reason: str | None = None
         self._saved_bytes_reported = 0
@@ -171,7 +188,10 @@ class PrefixStoreTier(SecondaryTierManager):
                 namespace=msgspec.json.encode(dict(fields)),
                 options=msgspec.json.encode(self._options.store_config(index_dir=_index_dir())),
             ),
-            self._options.limits(max(payload_bytes.values())),
+            replace(
+                self._options.limits(max(payload_bytes.values())),
+                changes_max=CHANGES_MAX if self._announces else 0,
+            ),
             clock=self._clock,
         )
         self._binding = _Binding(
@@ -236,26 +256,44 @@ class PrefixStoreTier(SecondaryTierManager):
                 self._put_questions(binding, request_id, request)
 
     @override
+    @guarded(lambda: None)
+    def serve_external_requests(self, parent: ParentManager) -> None:
+        binding = self._serving()
+        if binding is None or binding.client.state != "on" or not binding.client.ready:
+            return
+        asked = self._reoffers.due(self._clock.monotonic_s(), slots=self._budget.slots)
+        if not asked:
+            return
+        self._next_ticket += 1
+        job = pin_chunks(parent, asked, request_id=f"prefixstore-reoffer-{self._next_ticket}")
+        if job is not None:
+            self._reoffers.started(job.job_id)
+            self._metrics.count(metrics.STORES_REOFFERED, by=len(job.keys))
+            self._submit(job, lambda: self._submit_chunks(job, asked))
+
+    @override
     def submit_load(self, job_metadata: TransferJob) -> None:
         if not self._try_load(job_metadata):
             self._results.append(JobResult(job_id=job_metadata.job_id, success=False))
 
     @override
     def submit_store(self, job_metadata: TransferJob) -> None:
-        if (refused := self._try_store(job_metadata)) is not None:
-            self._results.append(
-                JobResult(
-                    job_id=job_metadata.job_id,
-                    success=refused == "bypassed",  # On purpose: nothing failed.
-                    transfer_bytes=0,
-                )
-            )
+        self._submit(job_metadata, lambda: self._submit_store(job_metadata))
 
     @override
     def get_finished_jobs(self) -> Iterable[JobResult]:
         self._poll()
         results, self._results = self._results, []
         return results
+
+    @override
+    @guarded(list[OffloadingEvent])
+    def take_events(self) -> list[OffloadingEvent]:
+        if not self._announces or self._binding is None:
+            return []
+        changes, lost = self._binding.client.take_changes()
+        self._metrics.count(metrics.EVENTS_LOST, by=lost)
+        return events_of(changes, locality=self.locality)
 
     @override
     @guarded(lambda: False)
@@ -392,30 +430,56 @@ class PrefixStoreTier(SecondaryTierManager):
         )
         return True
 
+    def _submit(self, job: TransferJob, attempt: Callable[[], str | None]) -> None:
+        """Submit a store by ``attempt``, which returns why not; what is refused ends here."""
+        if (refused := self._try_store(job, attempt)) is not None:
+            self._reoffers.ended(
+                job.job_id, self._clock.monotonic_s(), stored=0, skipped=len(job.keys)
+            )
+            self._results.append(
+                JobResult(
+                    job_id=job.job_id,
+                    success=refused == "bypassed",  # On purpose: nothing failed.
+                    transfer_bytes=0,
+                )
+            )
+
     @guarded(lambda: _optional("error"))
-    def _try_store(self, job: TransferJob) -> str | None:
-        """Submit a store, or return why not."""
-        refused = self._submit_store(job)
+    def _try_store(self, job: TransferJob, attempt: Callable[[], str | None]) -> str | None:
+        refused = attempt()
         if refused is not None:
             self._metrics.count(metrics.STORES_SKIPPED, refused, by=len(job.keys))
         return refused
 
     def _submit_store(self, job: TransferJob) -> str | None:
-        binding = self._serving()
-        if binding is None:
-            return "off"
         request = self._requests.get(job.req_context.req_id)
         if request is None or request.bypassed:
             return "bypassed"
         chains = request.chains
         chains.learn(request_keys(job.req_context, start=len(chains)))
+        return self._submit_chunks(job, {Key(key): chains.place(Key(key)) for key in job.keys})
+
+    def _submit_chunks(self, job: TransferJob, places: dict[Key, Place]) -> str | None:
+        """Submit the chunks of a job, whose places are known, or return why not."""
+        if (binding := self._serving()) is None:
+            self._refuse(places, "off")
+            return "off"
         chunks = [
-            self._chunk_store(binding, Key(key), int(slot), *chains.place(Key(key)))
+            self._chunk_store(binding, Key(key), int(slot), *places[Key(key)])
             for key, slot in zip(job.keys, job.chunk_ids, strict=True)
         ]
         # vLLM hands over a set: parents before children, so that a crash leaves no gap.
         chunks.sort(key=lambda chunk: chunk.end_token)
-        return None if binding.client.store(job.job_id, chunks) else "busy"
+        if not binding.client.store(job.job_id, chunks):
+            self._refuse(places, "busy")
+            return "busy"
+        self._storing[job.job_id] = places
+        return None
+
+    def _refuse(self, places: Mapping[Key, Place], reason: str) -> None:
+        """Remember chunks that the store may want later, if there will be a later."""
+        if self._off_reason is None and not self._options.read_only:
+            self._reoffers.refused(places, reason)
 
     def _chunk_load(self, binding: _Binding, key: Key, slot: int) -> ChunkLoad:
         group = kv_group(key)
@@ -423,7 +487,7 @@ class PrefixStoreTier(SecondaryTierManager):
         return ChunkLoad(
             key=key,
             raw_bytes=binding.payload_bytes[group],
-            land=lambda payload: _scatter(payload, address, spans),
+            land=lambda payload: scatter(payload, address, spans),
         )
 
     def _chunk_store(
@@ -437,7 +501,7 @@ class PrefixStoreTier(SecondaryTierManager):
             end_token=end,
             element_bytes=binding.element_bytes,
             raw_bytes=binding.payload_bytes[group],
-            fill=lambda payload: _gather(payload, address, spans),
+            fill=lambda payload: gather(payload, address, spans),
         )
 
     def _slot_address(self, slot: int) -> int:
@@ -471,8 +535,17 @@ class PrefixStoreTier(SecondaryTierManager):
                     )
                 )
             case StoreDone():
-                for reason in completion.skipped.values():
+                places = self._storing.pop(completion.ticket, {})
+                for key, reason in completion.skipped.items():
                     self._metrics.count(metrics.STORES_SKIPPED, reason)
+                    if key in places:
+                        self._refuse({key: places[key]}, reason)
+                self._reoffers.ended(
+                    completion.ticket,
+                    self._clock.monotonic_s(),
+                    stored=len(completion.stored) + len(completion.existed),
+                    skipped=len(completion.skipped),
+                )
                 self._results.append(
                     JobResult(
                         job_id=completion.ticket,
@@ -494,19 +567,3 @@ def _index_dir() -> str | None:
 def _optional(reason: str | None) -> str | None:
     """The same, typed as a reason that may be missing."""
     return reason
-
-
-def _gather(payload: memoryview, address: int, spans: Sequence[Span]) -> None:
-    """Copy a slot's owned spans into a payload; without the GIL."""
-    target = ctypes.addressof(ctypes.c_char.from_buffer(payload))
-    for span in spans:
-        ctypes.memmove(target, address + span.offset, span.length)
-        target += span.length
-
-
-def _scatter(payload: memoryview, address: int, spans: Sequence[Span]) -> None:
-    """Copy a payload into a slot's owned spans; without the GIL."""
-    source = ctypes.addressof(ctypes.c_char.from_buffer(payload))
-    for span in spans:
-        ctypes.memmove(address + span.offset, source, span.length)
-        source += span.length

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -178,3 +179,22 @@ def filled(filled_root: Path, new_place: NewPlace) -> Place:
     place = new_place()
     shutil.copytree(filled_root, place.root)
     return place
+
+
+@pytest.fixture
+def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Give a function that drives a manager on the test's root; all are shut down at the end."""
+    from tests.vllm.managers import Driver, make_config
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    drivers: list[Driver] = []
+
+    def make(*, slots: int = 64, **settings: Any) -> Driver:
+        engine = f"test-{os.getpid()}-{len(drivers)}"
+        driver = Driver(make_config(tmp_path / "root", slots=slots, engine=engine, **settings))
+        drivers.append(driver)
+        return driver
+
+    yield make
+    for driver in drivers:
+        driver.manager.shutdown()
