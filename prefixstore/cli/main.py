@@ -29,8 +29,10 @@ VERBS = {
     "gc": "Evict what was not used for longest, down to a size.",
     "init": "Create an empty store.",
     "ls": "List namespaces, or the chunks of one.",
+    "report": "Write a page about a root, for a browser.",
     "rm": "Remove a namespace, single chunks or old ones.",
     "serve": "Run vLLM's API server with a store.",
+    "size": "Work out how much room prompts will take.",
     "stats": "Show how much is stored, by namespace.",
     "verify": "Check the bytes of every blob.",
 }
