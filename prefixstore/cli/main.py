@@ -25,6 +25,7 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 VERBS = {
+    "bench": "Measure how fast a root is.",
     "doctor": "Try what a filesystem does, and recommend settings.",
     "gc": "Evict what was not used for longest, down to a size.",
     "init": "Create an empty store.",
