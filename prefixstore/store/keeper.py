@@ -13,6 +13,7 @@ touches) the oldest work is dropped. A dropped touch makes a chunk look older th
 costs a probe later.
 """
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -120,6 +121,7 @@ class Keeper:
 
     def work(self) -> None:
         """Do all that waits now, in the caller's thread."""
+        self._learn_time()
         self.flush()
         self._usage.exchange()
         self._recorder.record()
@@ -152,6 +154,7 @@ class Keeper:
                 self._wake.wait(TICK_S)
             self._wake.clear()
             try:
+                self._learn_time()
                 self.flush()
                 self._usage.exchange()
                 self._recorder.record()
@@ -162,6 +165,16 @@ class Keeper:
                 # A bug of ours must not end recency for good: it is told, counted and survived.
                 LOG.exception("prefixstore failed to keep its index")
                 self._counters.add(background_failures=1)
+
+    def _learn_time(self) -> None:
+        """See that recency is counted in the server's seconds from the first one on.
+
+        Noted by a clock that is days ahead, a touch on disk would be the last one for days.
+        """
+        if self._used and self._refresh_s is not None:
+            # Else this host's clock has to do.
+            with contextlib.suppress(PrefixStoreError):
+                self._membership.announce()
 
     def _touch_due(self) -> None:
         for _ in range(min(TOUCHES_A_ROUND, len(self._due))):

@@ -62,3 +62,19 @@ def test_a_pin_of_a_host_that_did_not_know_the_time_is_held(open_store: OpenStor
 
     assert ahead.evict(0).evicted_chunks == 0
     assert load(ahead, key) == payload_of(key)
+
+
+def test_a_host_that_did_not_know_the_time_goes_on_touching(open_store: OpenStore) -> None:
+    """What a host whose clock is ahead has used once it touches again, an interval later."""
+    clock = ManualClock(start_s=time.time() + AHEAD_S)
+    ahead = open_store(clock=clock, index=None, config={"touch_interval_s": 600})
+    (key,) = keys = chain("used", 1)
+    store_chain(open_store(index=None), keys)
+    assert ahead.longest_prefix(keys) == 1
+    path = Path(ahead.root.layout.blob(ahead.namespace, key))
+    for _ in range(2):
+        os.utime(path, (1, 1))
+        ahead.touch(keys)
+        ahead.work()
+        assert path.stat().st_mtime > 1
+        clock.advance(1000)
