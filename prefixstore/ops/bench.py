@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median, quantiles
 
 from prefixstore.blob.header import file_bytes
@@ -185,15 +184,16 @@ def _timed(
 def _leave_page_cache(store: PrefixStore, keys: Sequence[Key]) -> None:
     """Have this host forget the files' bytes; what refuses is measured warm."""
     assert store.namespace is not None, "opened with one"
+    calls = store.root.os_calls
     for key in keys:
         try:
-            fd = os.open(Path(store.root.layout.blob(store.namespace, key)), os.O_RDONLY)
+            fd = calls.open(store.root.layout.blob(store.namespace, key), os.O_RDONLY)
         except OSError:
             continue
         try:
-            os.fdatasync(fd)
+            calls.sync_data(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError:
             continue
         finally:
-            os.close(fd)
+            calls.close(fd)

@@ -4,11 +4,11 @@ What fills it, what it was worth by the hour, how old and how deep is what it ke
 would take. Figures are of one scan and of the history that the writers wrote down.
 """
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from prefixstore.clock import Clock, SystemClock
 from prefixstore.keys import NamespaceId
 from prefixstore.ops.report import RootReport, report
 from prefixstore.store import EvictionReport, PrefixStore
@@ -81,19 +81,26 @@ class Insight:
         return sum(hour.tokens for hour in self.hours)
 
 
-def gather(store: PrefixStore, *, since_s: int, evict_to_bytes: int | None) -> Insight:
+def gather(
+    store: PrefixStore,
+    *,
+    since_s: int,
+    evict_to_bytes: int | None,
+    clock: Clock | None = None,
+) -> Insight:
     """Scan a root and work out the answers.
 
     Args:
         store: The root, opened without a namespace; read-only is enough.
         since_s: Where the history begins, in seconds since the epoch.
         evict_to_bytes: Down to which usage the next eviction is planned; a tenth less than now if None.
+        clock: The clock that ages are counted by.
 
     Raises:
         PrefixStoreError: The root's own files cannot be read.
     """
     found = report(store)
-    now_s = int(time.time())
+    now_s = int((clock or SystemClock()).wall_s())
     ages, depths = [0] * (len(AGES_S) + 1), [0] * (len(DEPTHS) + 1)
     pinned_bytes = 0
     chunk_tokens: dict[NamespaceId, int] = {}

@@ -1,5 +1,6 @@
 """The whole of it as users meet it: `prefixstore serve`, a real client, SIGKILL, the metrics page."""
 
+import re
 import urllib.request
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from tests.vllm.conftest import StartServer
 from tests.vllm.server import ApiServer, prefixstore_command
 from tests.vllm.stores import LONG, Place
 
+MONITORING = Path(__file__).parents[2] / "docs/monitoring"
 OPTIONS = {"cpu_bytes_to_use": stores.CPU_BYTES}
 
 
@@ -21,6 +23,18 @@ def page(server: ApiServer) -> str:
     """Return the metrics page as Prometheus would read it."""
     with urllib.request.urlopen(server.url("/metrics"), timeout=30) as response:
         return str(response.read().decode())
+
+
+def exported(server: ApiServer) -> set[str]:
+    """Return the names of all metrics on the page, those that have counted nothing yet included."""
+    lines = [line.split() for line in page(server).splitlines()]
+    return {words[2] for words in lines if words[:2] == ["#", "TYPE"]}
+
+
+def server_metrics_asked_for() -> set[str]:
+    """Return the engines' metrics that the dashboard and the alerts of docs/monitoring query."""
+    text = "".join(path.read_text() for path in MONITORING.glob("*.*") if path.suffix != ".md")
+    return set(re.findall(r"\bvllm:[a-z_]+", text))
 
 
 def test_a_server_answers_from_what_a_killed_one_stored(
@@ -39,7 +53,9 @@ def test_a_server_answers_from_what_a_killed_one_stored(
         warm = server.complete(LONG)
         second = server.complete(LONG[:1000])
         metrics = server.metrics()
+        queried = server_metrics_asked_for() - exported(server)
 
+    assert queried == set()
     assert 0 == cold.cached_tokens
     assert 13 * stores.BLOCK_TOKENS == warm.cached_tokens
     assert cold.text == warm.text
