@@ -29,12 +29,15 @@ VERBS = {
     "doctor": "Try what a filesystem does, and recommend settings.",
     "gc": "Evict what was not used for longest, down to a size.",
     "init": "Create an empty store.",
-    "ls": "List namespaces, or the chunks of one.",
+    "ls": "List namespaces, chunks, or what of a prompt is stored.",
+    "pin": "Keep chunks from eviction, by name.",
+    "pins": "List what pins keep.",
     "report": "Write a page about a root, for a browser.",
-    "rm": "Remove a namespace, single chunks or old ones.",
+    "rm": "Remove chunks: by namespace, prompt, pin, key or age.",
     "serve": "Run vLLM's API server with a store.",
     "size": "Work out how much room prompts will take.",
     "stats": "Show how much is stored, by namespace.",
+    "unpin": "Let eviction have what a pin kept.",
     "verify": "Check the bytes of every blob.",
 }
 """Verbs with their line in ``--help``; here, so that showing help imports no verb."""

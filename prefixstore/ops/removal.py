@@ -14,6 +14,7 @@ from prefixstore.index.base import Row
 from prefixstore.keys import Key, NamespaceId
 from prefixstore.store import EvictionReport, PrefixStore
 from prefixstore.tree.root import Root
+from prefixstore.tree.trouble import is_missing, translate
 
 __all__ = ["RemovalPlan", "carry_out", "find_namespace", "plan_removal"]
 
@@ -28,6 +29,9 @@ class RemovalPlan:
         pinned_chunks: Chunks that would go, too, if no pin needed them.
         unknown_keys: Keys that were named and are in no namespace.
         whole_namespace: Set when no chunk of it stays: its empty directories go as well.
+        shared_chunks: Chunks of erased prompts that other stored prompts share, so that they stay.
+        quarantined: Names of files in the quarantine that go as well.
+        released_pins: Pins that go first.
     """
 
     chunks: tuple[tuple[NamespaceId, Key], ...]
@@ -35,6 +39,9 @@ class RemovalPlan:
     pinned_chunks: int
     unknown_keys: tuple[Key, ...]
     whole_namespace: NamespaceId | None
+    shared_chunks: int = 0
+    quarantined: tuple[str, ...] = ()
+    released_pins: tuple[str, ...] = ()
 
 
 def find_namespace(root: Root, prefix: str) -> NamespaceId:
@@ -91,13 +98,26 @@ def plan_removal(
 
 
 def carry_out(store: PrefixStore, plan: RemovalPlan) -> list[EvictionReport]:
-    """Remove what a plan names; returns a report for each namespace."""
+    """Remove what a plan names; returns a report for each namespace.
+
+    Raises:
+        UnavailableError: A pin or a quarantined file cannot be removed.
+    """
+    for name in plan.released_pins:
+        store.unpin(name)
     by_namespace: dict[NamespaceId, list[Key]] = defaultdict(list)
     for namespace, key in plan.chunks:
         by_namespace[namespace].append(key)
     reports = [store.remove(keys, namespace=each) for each, keys in by_namespace.items()]
     if plan.whole_namespace is not None and not any(report.errors for report in reports):
         _prune(store.root, plan.whole_namespace)
+    for name in plan.quarantined:
+        path = f"{store.root.layout.quarantine}/{name}"
+        try:
+            store.root.os_calls.unlink(path)
+        except OSError as error:
+            if not is_missing(error):
+                raise translate(error, doing="remove", path=path) from error
     return reports
 
 

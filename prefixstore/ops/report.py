@@ -1,15 +1,15 @@
 """What a root holds, as plain values for people and scripts."""
 
 from dataclasses import dataclass
-from itertools import islice
 
 from prefixstore.errors import InvalidError, PrefixStoreError
+from prefixstore.index.base import Row
 from prefixstore.keys import NamespaceId, kv_group
 from prefixstore.store import PrefixStore
 from prefixstore.tree.quarantine import Quarantine
 from prefixstore.tree.writers import Writers, this_process
 
-__all__ = ["ChunkLine", "NamespaceLine", "RootReport", "chunk_lines", "namespace_lines", "report"]
+__all__ = ["ChunkLine", "NamespaceLine", "RootReport", "chunk_line", "namespace_lines", "report"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +38,7 @@ class ChunkLine:
     """One chunk.
 
     Attributes:
+        namespace: Where it belongs.
         key: Its key in hex digits.
         parent: Its parent's; None for a first chunk.
         group: Its KV cache group.
@@ -49,6 +50,7 @@ class ChunkLine:
         pins: Pins that hold it.
     """
 
+    namespace: NamespaceId
     key: str
     parent: str | None
     group: int
@@ -158,22 +160,20 @@ def namespace_lines(store: PrefixStore) -> list[NamespaceLine]:
     return sorted(lines, key=lambda line: -line.file_bytes)
 
 
-def chunk_lines(store: PrefixStore, namespace: NamespaceId, *, limit: int) -> list[ChunkLine]:
-    """Return chunks of a namespace in the order in which eviction would look at them."""
-    return [
-        ChunkLine(
-            key=row.key.hex(),
-            parent=row.record.parent.hex() if row.record.parent else None,
-            group=kv_group(row.key),
-            end_token=row.record.end_token,
-            file_bytes=row.record.file_bytes,
-            raw_bytes=row.record.raw_bytes,
-            used_s=row.record.used_s,
-            children=row.refs.children,
-            pins=row.refs.pins,
-        )
-        for row in islice(store.hints.oldest_first(namespace), limit)
-    ]
+def chunk_line(row: Row) -> ChunkLine:
+    """Return one chunk's line."""
+    return ChunkLine(
+        namespace=row.namespace,
+        key=row.key.hex(),
+        parent=row.record.parent.hex() if row.record.parent else None,
+        group=kv_group(row.key),
+        end_token=row.record.end_token,
+        file_bytes=row.record.file_bytes,
+        raw_bytes=row.record.raw_bytes,
+        used_s=row.record.used_s,
+        children=row.refs.children,
+        pins=row.refs.pins,
+    )
 
 
 def _fields(store: PrefixStore, namespace: NamespaceId) -> dict[str, object]:

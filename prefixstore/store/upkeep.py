@@ -74,14 +74,22 @@ class Upkeep:
 
     # Pins.
 
-    def pin(self, name: str, keys: Sequence[Key], *, ends_at_s: int | None = None) -> Pin:
-        """Keep chunks of the namespace from eviction, by name and on every host.
+    def pin(
+        self,
+        name: str,
+        keys: Sequence[Key],
+        *,
+        namespace: NamespaceId | None = None,
+        ends_at_s: int | None = None,
+    ) -> Pin:
+        """Keep chunks of one namespace from eviction, by name and on every host.
 
         Replaces the pin of that name. Chunks need not be stored yet. Durable on return.
 
         Args:
             name: Letters, digits, dots, dashes and underscores.
             keys: What to keep; a whole chain, or eviction may take its beginning only after its end.
+            namespace: Where they belong; the store's own namespace if None.
             ends_at_s: When the pin ends by itself, in seconds since the epoch; None for never.
 
         Raises:
@@ -89,14 +97,16 @@ class Upkeep:
             FullError, UnavailableError: The pin was not written.
         """
         self._check_open()
-        if self.namespace is None:
+        where = namespace or self.namespace
+        if where is None:
             raise without_namespace("pin")
-        now_s = self._parts.membership.now_s()
+        if self.read_only:
+            raise InvalidError(f"{self.root.path} was opened read-only: it pins nothing")
         pin = Pin(
             name=name,
-            namespace=self.namespace,
+            namespace=where,
             keys=tuple(keys),
-            created_s=now_s,
+            created_s=self.server_now_s(),
             ends_at_s=ends_at_s,
         )
         self._parts.pins.files.write(pin)
@@ -124,6 +134,17 @@ class Upkeep:
         """
         self._check_open()
         return list(self._parts.pins.files)
+
+    def server_now_s(self) -> int:
+        """Return whole seconds since the epoch by the file server's clock, which ends of pins are told in.
+
+        A store that may write learns it from the server; one that only serves has this host's clock.
+        """
+        self._check_open()
+        if not self.read_only:
+            with contextlib.suppress(PrefixStoreError):
+                self._parts.membership.announce()
+        return self._parts.membership.now_s()
 
     # The root as a whole.
 

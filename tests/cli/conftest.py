@@ -14,6 +14,7 @@ from prefixstore.cli import main as cli_main
 from prefixstore.config import StoreConfig
 from prefixstore.store import PrefixStore
 from prefixstore.testing.chains import FIELDS, chain, store_chain
+from tests.cli.engine_stub import EngineStub
 
 
 @dataclass(frozen=True)
@@ -71,3 +72,9 @@ def fill(root: str) -> Fill:
                 store.pin(pin, chain(names[0], 3))
 
     return fill_it
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineStub:
+    """Return what stands in for the engine's child process."""
+    return EngineStub(tmp_path, monkeypatch)
