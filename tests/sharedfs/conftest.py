@@ -1,7 +1,5 @@
 """A plain directory, two mounts of a GlusterFS volume, and two that cache for half a minute."""
 
-import os
-import subprocess
 import uuid
 from collections.abc import Iterator
 from contextlib import closing
@@ -9,14 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.sharedfs.gluster import Volume, clear_dead_mounts, is_installed
+from tests.sharedfs.gluster import Volume, prepare
 from tests.sharedfs.hosts import Hosts
 
-REPO = Path(__file__).resolve().parents[2]
 CACHE_S = 30.0
 CACHED = tuple(f"--{what}-timeout={CACHE_S:.0f}" for what in ("attribute", "entry", "negative"))
 """What an NFS client does by default, and for longer: it believes names, attributes and absences."""
-SETUP_S = 300.0
 KINDS = ("directory", "glusterfs", "glusterfs-cached")
 
 
@@ -32,12 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def glusterfs() -> None:
     """See that a volume can be made on this machine."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting takes root")
-    if not is_installed():
-        setup = [REPO / "tools" / "sharedfs-setup"]
-        subprocess.run(setup, check=True, timeout=SETUP_S)
-    clear_dead_mounts()
+    prepare()
 
 
 @pytest.fixture(scope="session")

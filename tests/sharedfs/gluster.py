@@ -25,7 +25,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["PREFIX", "Mount", "Volume", "clear_dead_mounts", "is_installed"]
+import pytest
+
+__all__ = ["PREFIX", "Mount", "Volume", "clear_dead_mounts", "is_installed", "prepare"]
+
+REPO = Path(__file__).resolve().parents[2]
+SETUP_S = 300.0
 
 START_S = 20.0
 """A server and a client are up in a second; a busy machine takes longer."""
@@ -110,6 +115,15 @@ def is_installed() -> bool:
         and Path("/dev/fuse").exists()
         and all(shutil.which(name) for name in programs)
     )
+
+
+def prepare() -> None:
+    """Install what a volume takes and take away what a killed run left; skips where neither can be had."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting takes root")
+    if not is_installed():
+        subprocess.run([REPO / "tools" / "sharedfs-setup"], check=True, timeout=SETUP_S)
+    clear_dead_mounts()
 
 
 def _new_directory() -> Path:

@@ -53,13 +53,12 @@ class Channel:
 def start_engine(fields: dict[str, Any]) -> Any:
     """Build the engine from the keyword arguments of `vllm.LLM`."""
     from vllm import LLM
-    from vllm.config import KVTransferConfig
+    from vllm.config import KVEventsConfig, KVTransferConfig
 
-    fields = dict(fields)
-    transfer = fields.pop("kv_transfer_config", None)
-    if transfer is not None:
-        fields["kv_transfer_config"] = KVTransferConfig(**transfer)
-    return LLM(**fields)
+    kinds = {"kv_transfer_config": KVTransferConfig, "kv_events_config": KVEventsConfig}
+    return LLM(
+        **{name: kinds[name](**value) if name in kinds else value for name, value in fields.items()}
+    )
 
 
 def as_lora(fields: dict[str, Any] | None) -> Any:

@@ -12,6 +12,8 @@ from vllm.v1.kv_offload.base import (
     ReqContext,
 )
 
+from prefixstore.keys import Key
+from prefixstore.vllm.reoffers import REFUSED_MAX, Reoffers
 from tests.vllm.managers import CHUNK_BYTES, prompt, stored_in
 
 
@@ -148,3 +150,36 @@ def test_without_a_listener_no_events_are_kept(drive, settings):
 
     assert [] == [e for e in driver.manager.take_events() if e.medium is Medium.STORAGE]
     assert 0 == len(driver.tier._binding.client._pump.changes)
+
+
+def test_a_root_that_refuses_again_is_asked_ever_more_rarely():
+    """The pause doubles up to half a minute, is short again once something was stored, then none."""
+    keys = [Key(bytes(key)) for key in prompt("a", 10)]
+    reoffers = Reoffers()
+    now_s, pauses = 0.0, []
+    for job, (stored, skipped) in enumerate([(0, 4)] * 7 + [(1, 3), (4, 0)]):
+        reoffers.refused(dict.fromkeys(keys, (16, None)), "full")
+        assert 4 == len(reoffers.due(now_s, slots=16)), "a quarter of the slots"
+        reoffers.started(job)
+        assert {} == reoffers.due(now_s + 1e6, slots=16), "one job at a time"
+        reoffers.ended(job, now_s, stored=stored, skipped=skipped)
+        pause_s = 0.0
+        while not (taken := reoffers.due(now_s + pause_s, slots=16)):
+            pause_s += 0.5
+        reoffers.refused(taken, "full")
+        pauses.append(pause_s)
+        now_s += pause_s
+
+    assert [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 1.0, 0.0] == pauses
+
+
+def test_of_too_many_refused_chunks_the_latest_are_kept():
+    """Memory is bounded, and what was refused for good is not kept at all."""
+    reoffers = Reoffers()
+    keys = [Key(i.to_bytes(32, "big") + bytes(4)) for i in range(REFUSED_MAX + 2)]
+    for key in keys:
+        reoffers.refused({key: (16, None)}, "off")
+    reoffers.refused({Key(b"\xff" * 36): (16, None)}, "read_only")
+
+    assert REFUSED_MAX == len(reoffers)
+    assert keys[2:6] == list(reoffers.due(0.0, slots=16))
