@@ -93,7 +93,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     index_map_bytes: Annotated[int, Meta(ge=2**20)] = 2**30
     miss_ttl_s: Seconds = 1.0
     misses_max: Positive = 2**17
-    touch_interval_s: Seconds = 600.0
+    touch_interval_s: Seconds = 1200.0
     group_shared: bool = False
     quarantine_bytes_max: Annotated[int, Meta(ge=0)] = 2**30
 
