@@ -6,7 +6,8 @@ The rule, in the order of its clauses:
     2. Of those, the one least recently used goes first; of one second, the deepest. That order is the
        default; it can be exchanged, so that others can be compared with it (docs/benchmarks/policy.md).
     3. Its parent then has a child less, and may be the next.
-    4. Enough is enough: stop when the bytes asked for are free and nothing left is too old.
+    4. Enough is enough: stop when the bytes asked for, of namespaces with a limit of their own and of
+       the whole, are free and nothing left is too old.
 
 So a prefix is eaten from its leaves, and no child outlives its parent:
 
@@ -19,7 +20,7 @@ out keeps its order, and looks once more at the refcount of each chunk before it
 """
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, TypeAlias
@@ -52,6 +53,8 @@ class EvictionReason(StrEnum):
     """Nobody used it since the time given."""
     SPACE = "space"
     """Its bytes were asked for."""
+    NAMESPACE = "namespace"
+    """Its bytes were asked for of its namespace, which has a limit of its own."""
 
 
 class Candidate(NamedTuple):
@@ -137,13 +140,15 @@ def plan_eviction(
     order: Order = least_recently_used,
     busy: Callable[[NamespaceId, Key], bool] = never_busy,
     free_bytes: int = 0,
+    free_by_namespace: Mapping[NamespaceId, int] | None = None,
     used_before_s: int = 0,
     victims_max: int = VICTIMS_MAX,
 ) -> EvictionPlan:
     """Choose chunks until ``free_bytes`` are found and nothing evictable is older than allowed.
 
     The work is one pass over ``candidates``, up to the last victim, and one or two ``find``
-    for each parent of a victim.
+    for each parent of a victim. What a namespace has to give counts for the whole, too, so that no more
+    goes than has to.
 
     Args:
         candidates: Every chunk once, sorted by ``order``.
@@ -152,6 +157,7 @@ def plan_eviction(
         busy: Says whether a transfer is in flight from or to a chunk. Who stores a chunk holds its
             parent busy, too, until the child is among the candidates.
         free_bytes: How many bytes to free.
+        free_by_namespace: How many of them, or more than that, certain namespaces have to give.
         used_before_s: Chunks that nobody used since then go whatever their size; 0 for none. Takes
             the order of recency.
         victims_max: Where the plan ends at the latest.
@@ -159,42 +165,79 @@ def plan_eviction(
     Raises:
         InvalidError: A limit is negative, or there is an age without the order of recency.
     """
-    if min(free_bytes, used_before_s, victims_max) < 0:
+    need = _Need(free_bytes, free_by_namespace or {})
+    if min(free_bytes, used_before_s, victims_max, *need.own.values()) < 0:
         raise InvalidError(
-            f"eviction limits are not negative: free_bytes {free_bytes}, "
+            f"eviction limits are not negative: free_bytes {free_bytes}, of namespaces {need.own}, "
             f"used_before_s {used_before_s}, victims_max {victims_max}"
         )
     if used_before_s and order is not least_recently_used:
         raise InvalidError("an age limit takes the order of recency: others do not end at an age")
     victims: list[Victim] = []
-    freed_bytes = 0
     truncated = False
     queue = Queue(candidates, order=order, find=find, busy=busy)
     while (candidate := queue.pop()) is not None:
         too_old = candidate.used_s < used_before_s
-        if not too_old and freed_bytes >= free_bytes:
+        if not too_old and not need.any:
             # Whatever is left is as young or younger, or has no age to go by.
             break
         if len(victims) == victims_max:
             truncated = True
             break
+        reason = need.take(candidate, EvictionReason.AGE if too_old else None)
+        if reason is None:
+            continue
         victims.append(
             Victim(
                 namespace=candidate.namespace,
                 key=candidate.key,
                 file_bytes=candidate.file_bytes,
                 used_s=candidate.used_s,
-                reason=EvictionReason.AGE if too_old else EvictionReason.SPACE,
+                reason=reason,
             )
         )
-        freed_bytes += candidate.file_bytes
         queue.release_parent(candidate)
     return EvictionPlan(
         victims=tuple(victims),
-        file_bytes=freed_bytes,
-        short_bytes=max(0, free_bytes - freed_bytes),
+        file_bytes=sum(victim.file_bytes for victim in victims),
+        short_bytes=need.short_bytes,
         truncated=truncated,
     )
+
+
+class _Need:
+    """What is still to be freed: of some namespaces, and of anything besides."""
+
+    def __init__(self, free_bytes: int, own: Mapping[NamespaceId, int]) -> None:
+        self.own = dict(own)
+        # What the namespaces give by themselves need not be found elsewhere.
+        self.rest_bytes = max(0, free_bytes - sum(self.own.values()))
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is still asked for."""
+        return self.rest_bytes > 0 or any(wanted > 0 for wanted in self.own.values())
+
+    @property
+    def short_bytes(self) -> int:
+        """What was not found."""
+        return self.rest_bytes + sum(self.own.values())
+
+    def take(self, candidate: Candidate, reason: EvictionReason | None) -> EvictionReason | None:
+        """Count a chunk that may go; return why it goes, None if nobody asks for it.
+
+        Args:
+            candidate: The chunk.
+            reason: Why it goes in any case; None if only its bytes can be the reason.
+        """
+        wanted = self.own.get(candidate.namespace, 0)
+        if wanted > 0:
+            self.own[candidate.namespace] = max(0, wanted - candidate.file_bytes)
+            return reason or EvictionReason.NAMESPACE
+        if self.rest_bytes > 0:
+            self.rest_bytes = max(0, self.rest_bytes - candidate.file_bytes)
+            return reason or EvictionReason.SPACE
+        return reason
 
 
 class Queue:

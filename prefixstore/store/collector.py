@@ -1,7 +1,9 @@
 """The long work in the background: rebuild a fresh index, evict when the root fills up, reap orphans.
 
 One thread, started with the first request, takes one request at a time; a request made twice while it
-waits is one. It ends between two directories, or two victims, when the store closes.
+waits is one. It ends between two directories, or two victims, when the store closes. Now and then it asks
+itself whether something is due that no store asks for: the root is above its high watermark though nobody
+stores, or its limits name an age, and nobody has scanned it for long.
 
 Of several hosts at their quota one evicts, the one that has the lease (``prefixstore.tree.lease``); the
 others ask again until it has made room. A root on which no lease can be had, full or broken, is evicted
@@ -16,6 +18,7 @@ from prefixstore.errors import ClosedError, PrefixStoreError
 from prefixstore.store.evictor import Evictor
 from prefixstore.store.history import forget_old_history
 from prefixstore.store.parts import Parts
+from prefixstore.store.values import EvictionReport
 from prefixstore.tree.lease import BEAT_S, Lease
 
 __all__ = ["Collector"]
@@ -29,6 +32,12 @@ half of one core for a minute and not all of it for half a minute."""
 QUIET_S = 30.0
 """After an eviction that freed nothing (all is pinned, or the root cannot be written) the next one has
 to wait so long: each costs a scan of the tree."""
+LOOK_S = 5.0
+"""How often the collector asks itself whether something is due: some stats each time."""
+PASS_S = 600.0
+PASS_MAX_S = 3600.0
+"""Of the hosts of a root with an age limit, or limits of namespaces, one makes a pass over it so often; with
+an age of days every hour, which is a tenth of what chunks then get older than they may."""
 
 
 class Collector:
@@ -93,6 +102,48 @@ class Collector:
             thread.join(timeout_s)
         return thread is None or not thread.is_alive()
 
+    def look(self) -> None:
+        """Ask for what is due by the limits, though nobody has stored anything."""
+        limits = self._parts.limits.known()
+        if self._parts.config.read_only or not limits.any:
+            return
+        if self._parts.space.wants_eviction():
+            self.want_eviction()
+        elif limits.max_age_s is not None or limits.namespaces:
+            self._parts.usage.exchange()
+            wait_s = PASS_S
+            if limits.max_age_s is not None:
+                wait_s = min(PASS_MAX_S, max(PASS_S, limits.max_age_s / 10))
+            now_s = self._clock.monotonic_s()
+            if self._parts.usage.scan_age_s >= wait_s and now_s >= self._evict_at_s:
+                self._want("pass")
+
+    def make_pass(
+        self, *, stop: Callable[[], bool], target_bytes: int | None, max_age_s: float | None
+    ) -> EvictionReport | None:
+        """Look over the whole root once, in the caller's thread: orphans go, and what the limits say.
+
+        Args:
+            stop: Asked at each directory and batch; it may wait, to spare the disk.
+            target_bytes: Down to which usage to evict; None for the root's limits.
+            max_age_s: What is older goes, too; None for the root's limit.
+
+        Returns:
+            What went; None while another host evicts.
+
+        Raises:
+            PrefixStoreError: The root cannot be read.
+        """
+        self._reap()
+        return self._with_lease(
+            lambda has_ended: self._evict_until(
+                lambda: stop() or has_ended(),
+                urgent=False,
+                target_bytes=target_bytes,
+                max_age_s=max_age_s,
+            )
+        )
+
     def _want(self, what: str) -> None:
         with self._lock:
             if self._closing or what in self._wanted:
@@ -108,8 +159,9 @@ class Collector:
 
     def _run(self) -> None:
         while not self._closing:
-            self._wake.wait()
+            self._wake.wait(LOOK_S)
             self._wake.clear()
+            self._look_safely()
             self.work()
         self._idle.set()
 
@@ -118,7 +170,7 @@ class Collector:
         with self._lock:
             if self._closing:
                 return None
-            for what in ("evict", "rebuild", "reap"):
+            for what in ("evict", "pass", "rebuild", "reap"):
                 if what in self._wanted:
                     self._wanted.discard(what)
                     return what
@@ -128,15 +180,14 @@ class Collector:
     def _do(self, what: str) -> None:
         parts = self._parts
         try:
-            if what == "evict":
-                self._evict()
+            if what in ("evict", "pass"):
+                urgent = what == "evict"
+                self._with_lease(lambda ended: self._evict_until(ended, urgent=urgent))
             elif what == "rebuild":
                 self._breath_s = self._clock.monotonic_s()
                 self._evictor.reconcile(stop=self._breathe)
             else:
-                parts.counters.add(orphans_removed=parts.membership.reap())
-                parts.usage.forget_old(server_now_s=parts.membership.now_s())
-                forget_old_history(parts.root, server_now_s=parts.membership.now_s())
+                self._reap()
         except ClosedError:
             return  # Closed under its feet, when a hung mount has outlasted the close.
         except PrefixStoreError as error:
@@ -157,28 +208,60 @@ class Collector:
             self._breath_s = self._clock.monotonic_s()
         return self._closing
 
-    def _evict(self) -> None:
+    def _reap(self) -> None:
+        parts = self._parts
+        parts.counters.add(orphans_removed=parts.membership.reap())
+        parts.usage.forget_old(server_now_s=parts.membership.now_s())
+        forget_old_history(parts.root, server_now_s=parts.membership.now_s())
+
+    def _look_safely(self) -> None:
+        try:
+            self.look()
+        except ClosedError:
+            return
+        except Exception:
+            LOG.exception("prefixstore failed to see what is due")
+            self._parts.counters.add(background_failures=1)
+
+    def _with_lease(
+        self, evict: Callable[[Callable[[], bool]], EvictionReport]
+    ) -> EvictionReport | None:
+        """Evict while this host has the lease, or nobody can have it; None if another host has it."""
         has_lease = True
         try:
             if not self._lease.acquire():
                 self._parts.counters.add(evictions_left=1)
                 # Another host is at it; what it frees shows in the figures once they are read anew.
                 self._evict_at_s = self._clock.monotonic_s() + BEAT_S
-                return
+                return None
         except PrefixStoreError as error:
             has_lease = False
             LOG.info("prefixstore evicts without the lease: %s", error)
         try:
-            self._evict_until(lambda: self._closing or (has_lease and not self._lease.renew()))
+            return evict(lambda: self._closing or (has_lease and not self._lease.renew()))
         finally:
             self._lease.release()
 
-    def _evict_until(self, stop: Callable[[], bool]) -> None:
+    def _evict_until(
+        self,
+        stop: Callable[[], bool],
+        *,
+        urgent: bool,
+        target_bytes: int | None = None,
+        max_age_s: float | None = None,
+    ) -> EvictionReport:
         parts = self._parts
         full, self._full = self._full, False
+
+        def target(used_bytes: int) -> int:
+            if target_bytes is not None:
+                return target_bytes
+            return parts.space.target_bytes(used_bytes, full=full, urgent=urgent)
+
         report = self._evictor.evict(
-            lambda used_bytes: parts.space.target_bytes(used_bytes, full=full),
-            max_age_s=None,
+            target,
+            namespace_bytes=parts.space.namespace_targets,
+            max_age_s=parts.limits.known().max_age_s if max_age_s is None else max_age_s,
             dry_run=False,
             scan=True,
             stop=stop,
@@ -189,5 +272,6 @@ class Collector:
             LOG.warning("prefixstore eviction: %s", error)
         if report.evicted_chunks:
             parts.breaker.retry_soon()
-        else:
+        elif urgent:
             self._evict_at_s = self._clock.monotonic_s() + QUIET_S
+        return report

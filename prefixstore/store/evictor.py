@@ -34,6 +34,10 @@ TORN_AGE_S = 3600
 """Torn files younger than this are left: another host's view of a fresh file may lag behind."""
 
 
+def _nothing(_used: dict[NamespaceId, int]) -> dict[NamespaceId, int]:
+    return {}
+
+
 class Evictor:
     """Evicts from one root.
 
@@ -63,16 +67,17 @@ class Evictor:
         """Bring the index in line with the tree; ends early when ``stop`` says so."""
         if self._keeper is not None:
             self._keeper.flush()
-        at_begin = self._usage.begin_scan()
+        mark = self._usage.begin_scan()
         report = reconcile(self._tree, self._hints, stop=stop, gone=self._gone)
         if report.finished:
-            self._usage.end_scan(at_begin)
+            self._usage.end_scan(mark, report.by_namespace)
         return report
 
     def evict(
         self,
         target_bytes: Callable[[int], int],
         *,
+        namespace_bytes: Callable[[dict[NamespaceId, int]], dict[NamespaceId, int]] = _nothing,
         max_age_s: float | None,
         dry_run: bool,
         scan: bool,
@@ -82,6 +87,7 @@ class Evictor:
 
         Args:
             target_bytes: Says for the usage found down to which usage to evict.
+            namespace_bytes: Says for the usage of namespaces how much each has to give.
             max_age_s: Evict what was not used for so long, whatever the usage; None for no such limit.
             dry_run: Plan only.
             scan: Reconcile first; False trusts the index, after a dry run a moment ago.
@@ -105,8 +111,10 @@ class Evictor:
             return self._report(tally)
         self._hints.set_pins(held)
         target = target_bytes(self._totals()[1])
+        own = {name: t.file_bytes for name, t in self._hints.totals().items()}
+        own_targets = {name: own[name] - give for name, give in namespace_bytes(own).items()}
         while True:
-            plan = self._plan(target, max_age_s=max_age_s)
+            plan = self._plan(target, own_targets, max_age_s=max_age_s)
             tally.planned(plan)
             evicted_before = tally.evicted_chunks
             if not dry_run:
@@ -116,6 +124,7 @@ class Evictor:
                 break
         if not dry_run:
             self._pins.remove_ended(now_s=self._membership.now_s())
+            self._usage.exchange(step_bytes=1)
         return self._report(tally, short_bytes=plan.short_bytes)
 
     def remove(
@@ -164,8 +173,11 @@ class Evictor:
             return False
         return True
 
-    def _plan(self, target_bytes: int, *, max_age_s: float | None) -> EvictionPlan:
-        used_bytes = self._totals()[1]
+    def _plan(
+        self, target_bytes: int, own_targets: dict[NamespaceId, int], *, max_age_s: float | None
+    ) -> EvictionPlan:
+        totals = self._hints.totals()
+        used_bytes = sum(t.file_bytes for t in totals.values())
         used_before_s = 0
         if max_age_s is not None:
             used_before_s = max(0, int(self._membership.now_s() - max_age_s))
@@ -174,6 +186,11 @@ class Evictor:
             find=self._find,
             busy=lambda namespace, key: (namespace, key) in self._inflight,
             free_bytes=max(0, used_bytes - target_bytes),
+            free_by_namespace={
+                name: max(0, totals[name].file_bytes - target)
+                for name, target in own_targets.items()
+                if name in totals
+            },
             used_before_s=used_before_s,
         )
 
@@ -194,6 +211,8 @@ class Evictor:
             self._remover.remove(
                 self._still_doomed(victims[at : at + BATCH_VICTIMS], held, tally), tally
             )
+            # Those who wait for room hear of it.
+            self._usage.exchange()
 
     def _still_doomed(
         self, victims: Sequence[Victim], held: dict[Address, int], tally: Tally

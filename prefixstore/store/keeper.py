@@ -55,6 +55,7 @@ class Keeper:
         self._membership = parts.membership
         self._counters = parts.counters
         self._usage = parts.usage
+        self._space = parts.space
         self._recorder = Recorder(
             parts.root,
             parts.counters,
@@ -123,7 +124,7 @@ class Keeper:
         """Do all that waits now, in the caller's thread."""
         self._learn_time()
         self.flush()
-        self._usage.exchange()
+        self._usage.exchange(step_bytes=self._space.step_bytes)
         self._recorder.record()
         while self._due and not self._closing:
             self._touch_due()
@@ -136,7 +137,7 @@ class Keeper:
         if thread is not None:
             thread.join(timeout_s)
         self.flush()
-        self._usage.exchange(at_once=True)
+        self._usage.exchange(step_bytes=1)
         self._recorder.record(at_once=True)
         return thread is None or not thread.is_alive()
 
@@ -156,7 +157,7 @@ class Keeper:
             try:
                 self._learn_time()
                 self.flush()
-                self._usage.exchange()
+                self._usage.exchange(step_bytes=self._space.step_bytes)
                 self._recorder.record()
                 self._touch_due()
             except ClosedError:

@@ -17,6 +17,7 @@ from prefixstore.store.breaker import Breaker
 from prefixstore.store.counters import Counters
 from prefixstore.store.hints import Hints
 from prefixstore.store.inflight import InFlight
+from prefixstore.store.limits import LimitsBook
 from prefixstore.store.membership import Membership
 from prefixstore.store.pinning import PinBook
 from prefixstore.store.recent import RecentKeys
@@ -56,7 +57,8 @@ class Parts:
         inflight: What is being transferred.
         missing: Keys of the store's namespace that were missing a moment ago.
         present: Keys of the store's namespace that were there a moment ago.
-        usage: What other hosts have stored since the last scan.
+        limits: What to keep to.
+        usage: What the root holds, as its hosts tell each other.
         space: Room on the root.
         breaker: Whether writing is worth a try.
         background: Whether threads do what need not happen while a request waits.
@@ -74,6 +76,7 @@ class Parts:
     inflight: InFlight
     missing: RecentKeys
     present: RecentKeys
+    limits: LimitsBook
     usage: Usage
     space: Space
     breaker: Breaker
@@ -95,11 +98,12 @@ class Parts:
         hints = Hints(index)
         tree = BlobTree(root, config=config, writer=uuid.uuid4().hex, clock=clock)
         writers = Writers(root, this=this_process())
+        limits = LimitsBook(root, config=config, clock=clock)
         usage = Usage(
             root,
-            hints,
             writer=tree.writer,
-            enabled=config.max_bytes is not None and not config.read_only,
+            read_only=config.read_only,
+            wanted=lambda: limits.known().counts,
             clock=clock,
         )
         return cls(
@@ -115,12 +119,11 @@ class Parts:
             missing=RecentKeys(ttl_s=config.miss_ttl_s, keys_max=config.misses_max, clock=clock),
             present=RecentKeys(ttl_s=SEEN_TTL_S, keys_max=config.misses_max, clock=clock),
             usage=usage,
+            limits=limits,
             space=Space(
-                max_bytes=config.max_bytes,
-                min_free_bytes=config.min_free_bytes,
-                used_bytes=lambda: (
-                    sum(t.file_bytes for t in hints.totals().values()) + usage.others_bytes
-                ),
+                limits=limits,
+                usage=usage,
+                indexed_bytes=lambda: {ns: t.file_bytes for ns, t in hints.totals().items()},
                 free_bytes=lambda: root.os_calls.space(root.path).free_bytes,
                 clock=clock,
             ),

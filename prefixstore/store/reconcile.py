@@ -15,6 +15,7 @@ besides. A scan of a directory is not of one moment, so what seems to have vanis
 it may have been published after its directory was listed.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -45,6 +46,7 @@ class ReconcileReport:
     Attributes:
         blobs: Blobs seen in the tree.
         file_bytes: Their files' lengths.
+        by_namespace: The same, by namespace.
         added: Rows that were new.
         removed: Rows whose blob is gone.
         torn: Files in the place of a blob whose length or header is not a blob's.
@@ -54,6 +56,7 @@ class ReconcileReport:
 
     blobs: int = 0
     file_bytes: int = 0
+    by_namespace: Counter[NamespaceId] = field(default_factory=Counter)
     added: int = 0
     removed: int = 0
     torn: list[ScanEntry] = field(default_factory=list)
@@ -172,6 +175,7 @@ class _Merge:
             record = known.pop(entry.key, None)
             self._report.blobs += 1
             self._report.file_bytes += entry.file_bytes
+            self._report.by_namespace[self._namespace] += entry.file_bytes
             used_s = min(max(0, int(entry.modified_s)), COUNT_MAX)
             if record is None or record.raw_bytes == 0 or record.file_bytes != entry.file_bytes:
                 self._learn(entry, used_s=used_s, is_new=record is None)

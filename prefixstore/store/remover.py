@@ -96,7 +96,7 @@ class Remover:
             self._present.forget((chunk.key,))
         if was_there:
             tally.removed(chunk.file_bytes)
-            self._usage.changed(-chunk.file_bytes)
+            self._usage.removed(chunk.namespace, chunk.file_bytes)
             self._counters.add(evicted=1, evicted_bytes=chunk.file_bytes)
         else:
             tally.kept["gone"] += 1

@@ -200,7 +200,7 @@ class PrefixStore(Upkeep):
     def _begin(self) -> None:
         """Start the background work that an opened namespace needs."""
         # With a quota an engine scans whenever it starts: what others stored since is not in the index.
-        if self.hints.mark(COMPLETE_MARK) is None or self.config.max_bytes is not None:
+        if self.hints.mark(COMPLETE_MARK) is None or self._parts.limits.known().bounded:
             self._collector.want_rebuild()
         if not self.read_only:
             self._collector.want_reap()

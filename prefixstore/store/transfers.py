@@ -114,7 +114,7 @@ class Transfers:
         buffer = self._buffer(memory, raw_bytes)
         refusal = self._refusal(raw_bytes)
         if refusal is not None:
-            return self._skipped(refusal)
+            return self._skipped(*refusal)
         if isinstance(memory, memoryview):
             buffer.payload(raw_bytes)[:] = memory[:raw_bytes]
         codec = self._codec.choose(buffer.payload(raw_bytes), element_bytes=element_bytes)
@@ -147,18 +147,17 @@ class Transfers:
             self._learn(stored.header, existed=stored.existed, file_bytes=stored.file_bytes)
         return StoreOutcome(existed=stored.existed, stored_bytes=stored.header.stored_bytes)
 
-    def _refusal(self, raw_bytes: int) -> SkipReason | None:
-        """Return why nothing should be written now, or None."""
+    def _refusal(self, raw_bytes: int) -> tuple[SkipReason, str] | None:
+        """Return why nothing should be written now, with a sentence, or None."""
         if self._read_only:
-            return SkipReason.READ_ONLY
-        if self._space.reads_next():
-            # What was stored in the last half second must be in the figures.
-            self._keeper.flush()
-        reason = self._space.refusal(raw_bytes)
-        if reason is not None:
-            self._collector.want_eviction()
-            return reason
-        return None if self._breaker.allows() else SkipReason.PAUSED
+            return SkipReason.READ_ONLY, ""
+        self._flush_if_read()
+        refusal = self._space.refusal(raw_bytes, namespace=self._namespace)
+        if refusal is not None:
+            if refusal[0] is not SkipReason.LIMITS:
+                self._collector.want_eviction()
+            return refusal
+        return None if self._breaker.allows() else (SkipReason.PAUSED, "")
 
     def _skipped(self, reason: SkipReason, detail: str = "") -> StoreOutcome:
         self._counters.add(**{f"skipped_{reason}": 1})
@@ -176,15 +175,21 @@ class Transfers:
         if existed:
             self._counters.add(existed=1)
             return
-        self._space.stored(file_bytes)
-        self._usage.changed(file_bytes)
+        self._space.stored(self._namespace, file_bytes)
+        self._usage.stored(self._namespace, file_bytes)
         self._counters.add(
             stored=1,
             stored_bytes=header.stored_bytes,
             compression_saved_bytes=header.raw_bytes - header.stored_bytes,
         )
+        self._flush_if_read()
         if self._space.wants_eviction():
             self._collector.want_eviction()
+
+    def _flush_if_read(self) -> None:
+        """Have what was stored in the last half second in the index, if that is about to be asked."""
+        if self._space.reads_next():
+            self._keeper.flush()
 
     def _missed(self, key: Key, miss: Miss) -> None:
         """Correct what is known after a load that brought nothing."""

@@ -16,6 +16,7 @@ from prefixstore.store.collector import Collector
 from prefixstore.store.evictor import Evictor
 from prefixstore.store.hints import Hints
 from prefixstore.store.keeper import Keeper
+from prefixstore.store.limits import Limits
 from prefixstore.store.parts import Parts
 from prefixstore.store.reconcile import COMPLETE_MARK, ReconcileReport
 from prefixstore.store.values import EvictionReport, NamespaceStats, StoreStats
@@ -159,7 +160,7 @@ class Upkeep:
         """Remove what was not used for longest, of all namespaces and writers, leaves first.
 
         Args:
-            max_bytes: How much may stay; None for the limits in the settings.
+            max_bytes: How much may stay; None for the limits of the root and the settings.
             max_age_s: Remove what was not used for so long, too; None for no such limit. Given alone it
                 is the only limit.
             dry_run: Tell what would be removed, remove nothing.
@@ -175,17 +176,55 @@ class Upkeep:
         self._check_open()
         if self.read_only and not dry_run:
             raise InvalidError(f"{self.root.path} was opened read-only: it evicts nothing")
-        if max_bytes is None and max_age_s is None and not self._parts.space.limited:
+        own = max_bytes is None and max_age_s is None
+        limits = self.limits()
+        if own and not limits.any:
             raise InvalidError(
-                "evict needs a limit: max_bytes, max_age_s, or max_bytes or min_free_bytes in the "
-                "settings"
+                "evict needs a limit: max_bytes, max_age_s, or limits of the root or in the settings"
             )
         return self._evictor.evict(
             self._target(max_bytes, only_age=max_age_s is not None),
-            max_age_s=max_age_s,
+            namespace_bytes=self._parts.space.namespace_targets if own else lambda _: {},
+            max_age_s=limits.max_age_s if own else max_age_s,
             dry_run=dry_run,
             scan=scan,
         )
+
+    def collect(
+        self,
+        *,
+        max_bytes: int | None = None,
+        max_age_s: float | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> EvictionReport | None:
+        """Do once what a collector does: reap orphans, and evict by the limits, with the lease.
+
+        Args:
+            max_bytes: How much may stay; None for the limits of the root and the settings, by which
+                nothing goes below the high watermark.
+            max_age_s: What nobody used for so long goes; None for the root's limit.
+            stop: Asked at each directory and each batch of victims; True ends the pass. It may wait.
+
+        Returns:
+            What went; None while another host evicts.
+
+        Raises:
+            InvalidError: The store is read-only, or the root's limits cannot be understood.
+            PrefixStoreError: The root cannot be reached.
+        """
+        self._check_open()
+        if self.read_only:
+            raise InvalidError(f"{self.root.path} was opened read-only: it evicts nothing")
+        self.limits()
+        return self._collector.make_pass(stop=stop, target_bytes=max_bytes, max_age_s=max_age_s)
+
+    def limits(self) -> Limits:
+        """Return the limits in force: the root's and those of the settings, the tighter of each.
+
+        Raises:
+            InvalidError: The root's limits cannot be understood.
+        """
+        return self._parts.limits.current()
 
     def remove(
         self, keys: Sequence[Key], *, namespace: NamespaceId | None = None, dry_run: bool = False

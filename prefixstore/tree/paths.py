@@ -5,6 +5,7 @@
     ns/<id>/<aa>/<bb>/<key>.kv       a blob; aa and bb are the first two bytes of its key
     ns/<id>/<aa>/<bb>/.<writer>.<n>.tmp    a blob that is not published yet
     writers/<writer>.json            who the writer is
+    limits.json                      what all hosts keep to
     pins/<name>.json                 a named set of keys that eviction keeps
     quarantine/<reason>.<id>.<key>.kv    corrupt blobs, kept for inspection
     collector/, history/             small files of the writers about themselves
@@ -86,6 +87,7 @@ class Layout:
     __slots__ = (
         "collector",
         "history",
+        "limits",
         "namespaces",
         "pins",
         "quarantine",
@@ -97,6 +99,7 @@ class Layout:
     def __init__(self, root: str) -> None:
         self.root = root
         self.store = f"{root}/store.json"
+        self.limits = f"{root}/limits.json"
         self.namespaces = f"{root}/ns"
         self.writers = f"{root}/writers"
         self.pins = f"{root}/pins"

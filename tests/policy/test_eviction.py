@@ -262,3 +262,41 @@ def test_plans_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.victims = ()
     assert found == plan(forest([make("a")]), free_bytes=1)
+
+
+def test_a_namespace_gives_what_it_has_to() -> None:
+    """Its own chunks go for its own need, counted for the whole as well; the rest is found by age."""
+    one, two = NamespaceId("1" * 32), NamespaceId("2" * 32)
+    chunks = [
+        Candidate(
+            namespace=namespace,
+            key=Key(bytes([at]) * 12),
+            parent=None,
+            file_bytes=10,
+            used_s=at,
+            end_token=16,
+            children=0,
+            pins=0,
+        )
+        for at, namespace in enumerate([one, one, one, two, two, two])
+    ]
+
+    def reasons(**limits: object) -> list[tuple[int, str]]:
+        found = plan_eviction(chunks, find=lambda *_: None, **limits)
+        return [(victim.used_s, str(victim.reason)) for victim in found.victims]
+
+    assert reasons(free_by_namespace={two: 20}) == [(3, "namespace"), (4, "namespace")]
+    assert reasons(free_bytes=20, free_by_namespace={two: 20}) == [
+        (3, "namespace"),
+        (4, "namespace"),
+    ]
+    assert reasons(free_bytes=30, free_by_namespace={two: 20}) == [
+        (0, "space"),
+        (3, "namespace"),
+        (4, "namespace"),
+    ]
+    assert reasons(free_by_namespace={two: 10}, used_before_s=1) == [(0, "age"), (3, "namespace")]
+    short = plan_eviction(
+        chunks, find=lambda *_: None, free_bytes=50, free_by_namespace={two: 40, one: 10}
+    )
+    assert (len(short.victims), short.short_bytes) == (4, 10)

@@ -70,6 +70,7 @@ def hosts(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hosts]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run each test of two hosts on everything there is."""
-    if "hosts" in metafunc.fixturenames:
+    """Run each test of two hosts on everything there is, unless it says on what."""
+    named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "hosts" in metafunc.fixturenames and "hosts" not in named:
         metafunc.parametrize("hosts", KINDS, indirect=True)
