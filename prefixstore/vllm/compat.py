@@ -16,13 +16,22 @@ from vllm.version import __version__ as version
 from prefixstore.keys import Key
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
-__all__ = ["check_version", "release_region", "request_keys", "unname_region"]
+__all__ = [
+    "check_version",
+    "release_region",
+    "request_keys",
+    "set_retention",
+    "unname_region",
+]
 
 logger = logging.getLogger("prefixstore")
 
 SUPPORTED = ("0.32", "0.33")
+RETENTION = "prefix_cache_retention_interval"
 
 
 def check_version() -> None:
@@ -44,6 +53,24 @@ def request_keys(context: ReqContext, *, start: int = 0) -> Iterator[tuple[Key, 
     positions: dict[OffloadKey, int] = context._offload_key_positions  # noqa: SLF001 - see above
     for key, end in itertools.islice(positions.items(), start, None):
         yield Key(key), end
+
+
+def set_retention(config: "VllmConfig", caches: "KVCacheConfig", interval: int) -> None:
+    """Have vLLM keep windows and states at every multiple of ``interval`` tokens.
+
+    The scheduler builds its connector before anything that reads these (v1/core/sched/scheduler.py,
+    ``__init__``); a vLLM that names them otherwise keeps what it keeps by itself.
+    """
+    for owner in (config.cache_config, caches):
+        if not hasattr(owner, RETENTION):
+            logger.warning(
+                "vLLM %s has no %s, so prompts that share a beginning may not hit",
+                version,
+                RETENTION,
+            )
+            return
+    setattr(config.cache_config, RETENTION, interval)
+    setattr(caches, RETENTION, interval)
 
 
 def unname_region(region: "SharedOffloadRegion") -> None:

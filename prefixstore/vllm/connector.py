@@ -23,6 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandsha
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 
+from prefixstore.clock import SystemClock
 from prefixstore.errors import InvalidError, PrefixStoreError
 from prefixstore.index.place import default_index_dir
 from prefixstore.vllm.backends import WorkerAccount, describe_worker, join_accounts
@@ -31,6 +32,7 @@ from prefixstore.vllm.fingerprint import scheduler_fields
 from prefixstore.vllm.guard import guarded
 from prefixstore.vllm.layout import join_workers
 from prefixstore.vllm.options import MachineMemory, expand
+from prefixstore.vllm.shapes import check_shape, keep_windows
 from prefixstore.vllm.spec import PrefixStoreSpec
 from prefixstore.vllm.tier import PrefixStoreTier
 from prefixstore.vllm.weights import WeightDigests
@@ -38,14 +40,18 @@ from prefixstore.vllm.weights import WeightDigests
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
 __all__ = ["PrefixStoreConnector"]
 
 logger = logging.getLogger("prefixstore")
 
+CLOCK = SystemClock()
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - where vLLM puts the CPU tier
 
 
@@ -58,6 +64,12 @@ class PrefixStoreConnector(OffloadingConnector):
         _share_engine_log()
         check_version()
         _expand_options(vllm_config)
+        check_shape(vllm_config, kv_cache_config)
+        self._boundaries = (
+            keep_windows(vllm_config, kv_cache_config)
+            if role is KVConnectorRole.SCHEDULER and _shares_prefixes(vllm_config)
+            else None
+        )
         super().__init__(vllm_config, role, kv_cache_config)
         self._engine_config = vllm_config
         self._cache_config = kv_cache_config
@@ -144,9 +156,50 @@ class PrefixStoreConnector(OffloadingConnector):
     @override
     def on_new_request(self, request: "Request") -> None:
         super().on_new_request(request)
-        # A block hash knows an adapter by its name and path, not by its weights.
-        if request.lora_request is not None and self._tier is not None:
+        # A block hash knows an adapter by its name and path, not by its weights; and a picture by an id
+        # that the caller may have given it.
+        if self._tier is not None and (request.lora_request is not None or request.mm_features):
             self._tier.bypass(request.request_id)
+
+    @override
+    def get_num_new_matched_tokens(
+        self, request: "Request", num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        matched, is_async = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        if self._boundaries is not None and matched is not None:
+            self._begin_boundaries(request, num_computed_tokens + matched)
+        return matched, is_async
+
+    @guarded(lambda: None)
+    def _begin_boundaries(self, request: "Request", computed_tokens: int) -> None:
+        assert self._boundaries is not None, "checked by the caller"
+        self._boundaries.begin(request, computed_tokens=computed_tokens)
+
+    @override
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> "KVConnectorMetadata":
+        metadata = super().build_connector_meta(scheduler_output)
+        self._begin_step(scheduler_output)
+        return metadata
+
+    @guarded(lambda: None)
+    def _begin_step(self, scheduler_output: "SchedulerOutput") -> None:
+        scheduled = scheduler_output.num_scheduled_tokens
+        if self._tier is not None:
+            # A request that decodes computes one token a step.
+            self._tier.prefill.begin_step(
+                sum(tokens for tokens in scheduled.values() if tokens > 1),
+                now_s=CLOCK.monotonic_s(),
+            )
+        if self._boundaries is not None:
+            self._boundaries.end_step(scheduled)
+            for request_id in scheduler_output.finished_req_ids:
+                self._boundaries.forget(request_id)
+
+    @override
+    def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
+        if self._tier is not None:
+            self._tier.prefill.end_step(now_s=CLOCK.monotonic_s())
+        super().update_connector_output(connector_output)
 
     @override
     def reset_cache(self) -> bool | None:
@@ -177,6 +230,14 @@ def _expand_options(config: "VllmConfig") -> None:
     transfer.kv_connector_extra_config = expand(
         transfer.kv_connector_extra_config, machine=_machine_memory()
     )
+
+
+def _shares_prefixes(config: "VllmConfig") -> bool:
+    """Whether windows and states inside a prompt are wanted; after the options were expanded."""
+    transfer = config.kv_transfer_config
+    assert transfer is not None, "vLLM builds a connector from it"
+    (tier,) = transfer.kv_connector_extra_config["secondary_tiers"]
+    return bool(tier.get("shared_prefixes", True))
 
 
 def _digest_memory() -> Path | None:

@@ -120,6 +120,14 @@ class RequestLookup:
         groups = [(g.ends, g.present, g.chained) for g in self._groups.values()]
         return [key for key in match(groups) if key not in self._answered]
 
+    def saved_tokens(self, wanted: Sequence[Key]) -> int:
+        """Return how many tokens are not computed when these keys are loaded, up to the last's end."""
+        if not wanted:
+            return 0
+        group = self._groups[kv_group(wanted[0])]
+        first = min(group.ends.values()) - _chunk_tokens(group.ends)
+        return max(self._groups[kv_group(key)].ends[key] for key in wanted) - first
+
     @property
     def hits(self) -> int:
         """How many keys were answered HIT so far."""

@@ -61,6 +61,11 @@ class TierOptions(StoreConfig, frozen=True, kw_only=True, forbid_unknown_fields=
         drain_s: How long a reset or an orderly shutdown waits for stores.
         enable_kv_events: Announce chunks stored and gone, where the engine publishes KV events at all.
         locality: What vLLM is told of where the root is, for KV events and ``kv_load_tiers``.
+        shared_prefixes: Only behind the front door: keep windows and states inside a prompt, so that
+            others that share its beginning hit; where the model has such groups.
+        load_policy: ``auto`` declines a match that would clearly take longer to load than to compute,
+            by what both took so far; ``always`` loads every match. Only the front door can tell how
+            fast prompts are computed.
     """
 
     root: str
@@ -74,6 +79,8 @@ class TierOptions(StoreConfig, frozen=True, kw_only=True, forbid_unknown_fields=
     drain_s: POSITIVE_SECONDS = 20.0
     enable_kv_events: bool = True
     locality: Literal["LOCAL", "REMOTE"] | None = None
+    shared_prefixes: bool = True
+    load_policy: Literal["auto", "always"] = "auto"
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, object]) -> Self:

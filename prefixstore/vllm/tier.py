@@ -58,6 +58,7 @@ from prefixstore.vllm.layout import Span, gather, scatter
 from prefixstore.vllm.lookups import Answer, Budget, Chains, Question, RequestLookup
 from prefixstore.vllm.options import FRONT_DOOR, TierOptions
 from prefixstore.vllm.reoffers import Place, Reoffers, pin_chunks
+from prefixstore.vllm.worth import LoadWorth, PrefillMeter
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
@@ -114,6 +115,7 @@ class PrefixStoreTier(SecondaryTierManager):
 
     Attributes:
         replicated_layout: Whether all workers share one copy of a chunk in the slot.
+        prefill: Measures how fast prompts are computed; the front door tells it of the steps.
     """
 
     medium: ClassVar[Medium | None] = Medium.STORAGE
@@ -153,6 +155,8 @@ class PrefixStoreTier(SecondaryTierManager):
             ctypes.addressof(ctypes.c_char.from_buffer(primary_kv_view)) if slots else 0
         )
         self._budget = Budget(slots)
+        self.prefill = PrefillMeter()
+        self._worth = LoadWorth(prefill=self.prefill.rate)
         self._requests: dict[str, _Request] = {}
         self._asking: set[str] = set()  # Requests with questions to put at the step's end.
         self._questions: dict[int, tuple[str, Question]] = {}
@@ -398,6 +402,10 @@ class PrefixStoreTier(SecondaryTierManager):
     def _decide(self, request_id: str, request: _Request) -> None:
         """Admit the match of a request whose verdicts are all in, if there is room for it."""
         wanted = request.lookup.wanted()
+        if wanted and request.waits_since_s is None and not self._pays(request.lookup, wanted):
+            request.lookup.decide(())
+            self._metrics.count(metrics.DECLINED_HITS, "slower", by=len(wanted))
+            return
         fitting = wanted[: max(0, self._budget.slots - request.lookup.hits)]
         if not fitting:
             request.lookup.decide(())
@@ -415,6 +423,22 @@ class PrefixStoreTier(SecondaryTierManager):
         else:
             return
         request.waits_since_s = None
+
+    def _pays(self, lookup: RequestLookup, wanted: Sequence[Key]) -> bool:
+        """Whether a match is worth loading, by what loads and prefills took so far."""
+        if self._options.load_policy == "always":
+            return True
+        binding = self._serving()
+        assert binding is not None, "a lookup is answered with a miss before"
+        was_declining = self._worth.declining
+        load_bytes = sum(binding.payload_bytes[kv_group(key)] for key in wanted)
+        tokens = lookup.saved_tokens(wanted)
+        pays = self._worth.pays(
+            load_bytes=load_bytes, tokens=tokens, now_s=self._clock.monotonic_s()
+        )
+        if self._worth.declining != was_declining:
+            logger.warning("%s", self._worth.account(load_bytes=load_bytes, tokens=tokens))
+        return pays
 
     @guarded(lambda: False)
     def _try_load(self, job: TransferJob) -> bool:
@@ -523,6 +547,7 @@ class PrefixStoreTier(SecondaryTierManager):
                 if (request := self._requests.get(request_id)) is not None:
                     request.lookup.take_verdict(question, completion.present)
             case LoadDone():
+                self._worth.loads.note(completion.landed_bytes, completion.elapsed_s)
                 for reason in completion.missed.values():
                     self._metrics.count(metrics.LOAD_MISSES, reason)
                 self._results.append(

@@ -122,12 +122,107 @@ def phi3() -> Any:
     )
 
 
+def mixtral() -> Any:
+    """Full attention, a mixture of experts after each layer."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(
+        MixtralConfig(
+            **COMMON,
+            intermediate_size=256,
+            tie_word_embeddings=False,
+            sliding_window=None,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+        )
+    )
+
+
+def deepseek_v2() -> Any:
+    """Multi-head latent attention: one compressed vector a token instead of keys and values."""
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    shape = {key: value for key, value in COMMON.items() if key != "head_dim"}
+    return DeepseekV2ForCausalLM(
+        DeepseekV2Config(
+            **{**shape, "num_key_value_heads": 4},
+            intermediate_size=512,
+            moe_intermediate_size=128,
+            n_routed_experts=4,
+            n_shared_experts=1,
+            num_experts_per_tok=2,
+            first_k_dense_replace=1,
+            topk_method="greedy",
+            n_group=1,
+            topk_group=1,
+            kv_lora_rank=512,
+            q_lora_rank=None,
+            qk_nope_head_dim=64,
+            qk_rope_head_dim=64,
+            v_head_dim=64,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def qwen3_next() -> Any:
+    """Three layers of gated delta rule to one of full attention: states and blocks."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    return Qwen3NextForCausalLM(
+        Qwen3NextConfig(
+            # Keys and values as large as a state, or vLLM makes blocks of many hundred tokens.
+            **{**COMMON, "num_key_value_heads": 4, "head_dim": 128},
+            intermediate_size=256,
+            tie_word_embeddings=False,
+            layer_types=["linear_attention"] * 3 + ["full_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            linear_key_head_dim=128,
+            linear_value_head_dim=128,
+            linear_conv_kernel_dim=4,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=128,
+            shared_expert_intermediate_size=128,
+            decoder_sparse_step=1,
+        )
+    )
+
+
+def whisper() -> Any:
+    """An encoder for sound and a decoder that looks at it."""
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    return WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=VOCAB_SIZE,
+            d_model=256,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=512,
+            decoder_ffn_dim=512,
+            init_std=0.08,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=2,
+            decoder_start_token_id=1,
+        )
+    )
+
+
 RECIPES: dict[str, Callable[[], Any]] = {
     "llama": llama,
     "mistral": mistral,
     "gemma3": gemma3,
     "gpt-oss": gpt_oss,
     "phi3": phi3,
+    "mixtral": mixtral,
+    "deepseek-v2": deepseek_v2,
+    "qwen3-next": qwen3_next,
+    "whisper": whisper,
 }
 
 

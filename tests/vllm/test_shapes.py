@@ -1,30 +1,178 @@
 """Other shapes than one block of full attention: several KV groups, windows, larger chunks."""
 
+import dataclasses
+import itertools
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.vllm import models, stores
+from tests.vllm.engine import EngineError
+from tests.vllm.models import REPO
 from tests.vllm.stores import LONG, PROMPTS, Place, Reference
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma3", "gpt-oss"])
-def test_windowed_and_mixed_models_answer_the_same_from_the_store(place: Place, name: str) -> None:
-    """Each KV group of a model with sliding windows is stored and loaded as its own chunks."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """One row of the table in docs/vllm.md.
+
+    Attributes:
+        model: The recipe of the tiny model that is run.
+        kind: What the model stands for.
+        groups: Its KV groups in vLLM.
+        shared_tokens: What a prompt that shares 809 tokens of a stored one need not compute.
+        stored: Chunks of each group that a prompt of 1,692 tokens leaves.
+        megabytes: What they take in the root.
+        ends: Chunks of each group that vLLM would keep by itself.
+        dtype: What the engine computes in.
+    """
+
+    model: str
+    kind: str
+    groups: int
+    shared_tokens: int
+    stored: tuple[int, ...]
+    megabytes: float
+    ends: tuple[int, ...] | None = None
+    dtype: str = "float32"
+
+    def row(self) -> str:
+        """Return the row as the docs have it."""
+        chunks, ends = (
+            " + ".join(map(str, sizes)) for sizes in (self.stored, self.ends or self.stored)
+        )
+        return (
+            f"| {self.kind} | `{self.model}` | {self.groups} | {self.shared_tokens} | {chunks} "
+            f"| {self.megabytes:.1f} | {ends} |"
+        )
+
+
+SHAPES = (
+    Shape(
+        model="llama",
+        kind="full attention, grouped queries",
+        groups=1,
+        shared_tokens=768,
+        stored=(13,),
+        megabytes=6.9,
+    ),
+    Shape(
+        model="mixtral",
+        kind="mixture of experts",
+        groups=1,
+        shared_tokens=768,
+        stored=(13,),
+        megabytes=6.9,
+    ),
+    Shape(
+        model="mistral",
+        kind="a sliding window on every layer",
+        groups=1,
+        shared_tokens=768,
+        stored=(13,),
+        megabytes=6.9,
+        ends=(2,),
+    ),
+    Shape(
+        model="gemma3",
+        kind="three sliding windows to one full attention",
+        groups=4,
+        shared_tokens=768,
+        stored=(5, 5, 5, 13),
+        megabytes=3.8,
+        ends=(2, 2, 2, 13),
+    ),
+    Shape(
+        model="gpt-oss",
+        kind="window and full attention in turn, sinks, mixture of experts",
+        groups=2,
+        shared_tokens=768,
+        stored=(7, 13),
+        megabytes=5.3,
+        ends=(1, 13),
+    ),
+    Shape(
+        model="qwen3-next",
+        kind="three linear attentions (states) to one full attention",
+        groups=4,
+        shared_tokens=768,
+        stored=(7, 7, 7, 13),
+        dtype="bfloat16",
+        megabytes=6.5,
+        ends=(1, 1, 1, 13),
+    ),
+)
+
+SHARING = (*LONG[:809], *stores.tokens(502, 300))
+"""Another prompt that begins as LONG does."""
+DO_NOT_STORE = {"extra_args": {"kv_transfer_params": {"max_offload_tokens": 0}}}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.model)
+def test_each_shape_of_model_answers_the_same_from_the_store(place: Place, shape: Shape) -> None:
+    """The same prompt hits whole, and one that only shares its beginning hits up to a boundary."""
+    model = models.tiny(shape.model)
+    llm = {"dtype": shape.dtype}
+    with place.engine(model, llm=llm) as engine:
+        (sharing,) = engine.generate([SHARING], logprobs=1, sampling=DO_NOT_STORE)
+        assert [] == list(place.blobs())
+        engine.reset_prefix_cache()
+        (cold,) = engine.generate([LONG], logprobs=1)
+        blobs = _settled(place)
+    with place.engine(model, llm=llm) as engine:
+        answers = engine.generate_each([SHARING, LONG], logprobs=1)
+        assert {} == stores.labelled(engine, "vllm:prefixstore_load_misses", "reason")
+        assert {} == stores.labelled(engine, "vllm:prefixstore_failed_callbacks", "callback")
+
+    chunks = Counter(blob.stem[-8:] for blob in blobs)
+    seen = dataclasses.replace(
+        shape,
+        groups=len(chunks),
+        shared_tokens=answers[0].cached_tokens,
+        stored=tuple(sorted(chunks.values())),
+        megabytes=sum(blob.stat().st_size for blob in blobs) / 1e6,
+    )
+    assert shape.row() == seen.row()
+    assert [0, 0] == [sharing.cached_tokens, cold.cached_tokens]
+    assert 13 * stores.BLOCK_TOKENS == answers[1].cached_tokens
+    assert stores.outputs([sharing, cold]) == stores.outputs(answers)
+
+
+def test_the_table_of_the_docs_is_what_is_run() -> None:
+    """Each row of the docs' table of shapes is a case above, and each case is a row."""
+    lines = (REPO / "docs" / "vllm.md").read_text().splitlines()
+    start = lines.index(
+        "| shape | tiny model | KV groups | shared tokens used | chunks stored | MB | by vLLM alone |"
+    )
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
+
+    assert [shape.row() for shape in SHAPES] == list(rows)
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "mistral"])
+def test_without_shared_prefixes_vllm_keeps_only_the_end(place: Place, name: str) -> None:
+    """With `shared_prefixes` off only the last window is stored, and only the same prompt hits."""
     model = models.tiny(name)
     llm = {"dtype": models.fast_dtype()}
-    with place.engine(model, llm=llm) as engine:
-        (cold,) = engine.generate([LONG], logprobs=1)
-        groups = {blob.stem[-8:] for blob in _settled(place)}
-    with place.engine(model, llm=llm) as engine:
-        (warm,) = engine.generate([LONG], logprobs=1)
+    options = {"shared_prefixes": False}
+    with place.engine(model, llm=llm, options=options) as engine:
+        engine.generate([LONG])
+        blobs = _settled(place)
+    with place.engine(model, llm=llm, options=options) as engine:
+        answers = engine.generate_each([SHARING, LONG])
 
-    assert len(groups) == {"mistral": 1, "gemma3": 4, "gpt-oss": 2}[name]
-    assert 0 == cold.cached_tokens
-    assert 13 * stores.BLOCK_TOKENS == warm.cached_tokens
-    assert cold.token_ids == warm.token_ids
+    assert {"gpt-oss": 14, "mistral": 2}[name] == len(blobs)
+    assert [0, 1664] == [answer.cached_tokens for answer in answers]
+
+
+def test_latent_attention_that_cannot_go_on_from_a_prefix_is_refused(place: Place) -> None:
+    """Where vLLM turns prefix caching off for MLA, a loaded prefix would be answered wrongly."""
+    with pytest.raises(EngineError, match="go on from a loaded prefix"):
+        place.engine(models.tiny("deepseek-v2"))
 
 
 def _settled(place: Place) -> list[Path]:

@@ -17,6 +17,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, TransferJob
 
 from prefixstore.errors import InvalidError
 from prefixstore.vllm.spec import PrefixStoreSpec
+from prefixstore.vllm.worth import OBSERVATIONS_NEEDED
 from tests.vllm.managers import CHUNK_BYTES, make_config, prompt
 
 
@@ -83,6 +84,30 @@ def test_fifty_waiting_prompts_finish_through_a_small_cpu_tier(drive):
 
     assert 50 == len(hits)
     assert 50 * 8 * 0.5 < sum(hits.values()), "most chunks came from the store"
+
+
+@pytest.mark.parametrize(("policy", "loaded"), [("auto", 0), ("always", 6)])
+def test_matches_that_lose_to_computing_are_declined(drive, policy, loaded):
+    """Once loads were seen to take longer than prefills, a match is computed and counted."""
+    first = drive()
+    first.await_state("on")
+    prompts = [prompt(f"p{i}", 6) for i in range(OBSERVATIONS_NEEDED + 1)]
+    for i, keys in enumerate(prompts):
+        first.serve(f"r{i}", keys)
+    first.settle()
+    second = drive(load_policy=policy)
+    second.await_state("on")
+    for step in range(OBSERVATIONS_NEEDED):  # A device that computes a million tokens in a blink.
+        second.tier.prefill.begin_step(1_000_000, now_s=step)
+        second.tier.prefill.end_step(now_s=step + 1e-6)
+
+    hits = [second.serve(f"r{i}", keys) for i, keys in enumerate(prompts)]
+
+    assert [6] * OBSERVATIONS_NEEDED == hits[:-1], "on first sight nothing is declined"
+    assert loaded == hits[-1]
+    stats = second.tier.get_stats().data["data"]
+    declined = stats.get("vllm:prefixstore_declined_hits", {})
+    assert ({} if policy == "always" else {("slower",): 6}) == declined
 
 
 def test_a_request_that_leaves_while_it_waits_frees_its_room(drive):
