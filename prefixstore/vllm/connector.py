@@ -11,6 +11,7 @@ with their adapters. At serving time it does two things: it binds the tier once 
 and turns the tier off when the weights may have changed.
 """
 
+import copy
 import logging
 import os
 import threading
@@ -19,7 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 
@@ -28,6 +32,7 @@ from prefixstore.errors import InvalidError, PrefixStoreError
 from prefixstore.index.place import default_index_dir
 from prefixstore.vllm.backends import WorkerAccount, describe_worker, join_accounts
 from prefixstore.vllm.compat import check_version
+from prefixstore.vllm.direct.connector import DirectConnector
 from prefixstore.vllm.fingerprint import scheduler_fields
 from prefixstore.vllm.guard import guarded
 from prefixstore.vllm.layout import join_workers
@@ -56,7 +61,22 @@ SHARED_MEMORY = "/dev/shm"  # noqa: S108 - where vLLM puts the CPU tier
 
 
 class PrefixStoreConnector(OffloadingConnector):
-    """vLLM's offloading connector with a prefixstore root below its CPU tier."""
+    """vLLM's offloading connector with a prefixstore root below its CPU tier.
+
+    With ``mode=direct`` an object of another class is made in its place: vLLM knows this one's name
+    only, and asks nothing of its class that the other does not answer.
+    """
+
+    def __new__(
+        cls, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig"
+    ) -> "KVConnectorBase_V1":
+        """Make the connector of the chosen mode."""
+        if _is_direct(vllm_config):
+            _share_engine_log()
+            check_version()
+            return DirectConnector(vllm_config, role, kv_cache_config)
+        made: KVConnectorBase_V1 = super().__new__(cls)
+        return made
 
     def __init__(
         self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig"
@@ -219,8 +239,17 @@ class PrefixStoreConnector(OffloadingConnector):
     def build_prom_metrics(
         cls, vllm_config: "VllmConfig", *args: Any, **kwargs: Any
     ) -> "KVConnectorPromMetrics":
+        if _is_direct(vllm_config):
+            # The same names are observed, so the same are declared: those of a tier.
+            vllm_config = copy.copy(vllm_config)
+            vllm_config.kv_transfer_config = copy.copy(vllm_config.kv_transfer_config)
         _expand_options(vllm_config)
         return super().build_prom_metrics(vllm_config, *args, **kwargs)
+
+
+def _is_direct(config: "VllmConfig") -> bool:
+    transfer = config.kv_transfer_config
+    return transfer is not None and transfer.kv_connector_extra_config.get("mode") == "direct"
 
 
 def _expand_options(config: "VllmConfig") -> None:

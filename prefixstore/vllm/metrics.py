@@ -26,6 +26,9 @@ STORES_REOFFERED = "vllm:prefixstore_stores_reoffered"
 EVENTS_LOST = "vllm:prefixstore_events_lost"
 COMPRESSION_SAVED_BYTES = "vllm:prefixstore_compression_saved_bytes"
 STATE = "vllm:prefixstore_state"
+LOAD_BYTES = "vllm:kv_offload_load_bytes"
+STORE_BYTES = "vllm:kv_offload_store_bytes"
+"""vLLM's own, which it declares itself; its connector counts them in tier mode, we in direct mode."""
 
 STATES = ("on", "read_only", "opening", "off")
 

@@ -38,6 +38,9 @@ VLLM_OPTIONS = frozenset(
 FRONT_DOOR = "behind_front_door"
 """Set in a tier's options by ``expand`` alone: the connector will bind this tier to its namespace."""
 
+DIRECT_OPTIONS = frozenset({"blocks_per_chunk", "offload_prompt_only"})
+"""Those that mean something without a CPU tier too."""
+
 CPU_BYTES_LARGEST = 4 * 2**30
 """The CPU tier's size when the user names none: it stages chunks between the device and the root, and
 saves reads of what was used just now. More is better where there is more."""
@@ -50,9 +53,12 @@ class TierOptions(StoreConfig, frozen=True, kw_only=True, forbid_unknown_fields=
 
     Attributes:
         root: The root's path; made when it is not there yet.
+        mode: ``tier``: below vLLM's CPU tier. ``direct``: between the device and the root, with no
+            CPU tier.
         namespace: Only under vLLM's bare tiering, which hides the model from us: a name for
             everything that decides the bytes. The front door works it out by itself.
-        buffers_bytes: Memory for staging buffers, shared with the I/O process.
+        buffers_bytes: Memory for staging buffers, shared with the I/O process. In direct mode of
+            each worker: half of it is the ring that the device copies from and to.
         load_threads: Reads in flight.
         store_threads: Writes in flight.
         find_deadline_s: The longest that a lookup may delay a request.
@@ -69,6 +75,7 @@ class TierOptions(StoreConfig, frozen=True, kw_only=True, forbid_unknown_fields=
     """
 
     root: str
+    mode: Literal["tier", "direct"] = "tier"
     namespace: str | None = None
     buffers_bytes: Annotated[int, Meta(ge=2**20)] = 256 * 2**20
     load_threads: Annotated[int, Meta(ge=1, le=64)] = 8
@@ -108,12 +115,18 @@ class TierOptions(StoreConfig, frozen=True, kw_only=True, forbid_unknown_fields=
         fields["index_dir"] = self.index_dir or index_dir
         return StoreConfig(**fields)
 
-    def limits(self, payload_bytes: int) -> Limits:
-        """Return the bounds of the I/O client for payloads of up to ``payload_bytes``."""
+    def limits(self, payload_bytes: int, *, buffer_count: int | None = None) -> Limits:
+        """Return the bounds of the I/O client for payloads of up to ``payload_bytes``.
+
+        Args:
+            payload_bytes: The largest payload.
+            buffer_count: How many buffers; by default what ``buffers_bytes`` holds, but enough for all
+                threads.
+        """
         wanted = self.buffers_bytes // payload_bytes
         fewest = self.load_threads + self.store_threads
         return Limits(
-            buffer_count=min(max(wanted, fewest), 64),
+            buffer_count=buffer_count or min(max(wanted, fewest), 64),
             buffer_bytes=payload_bytes,
             load_threads=self.load_threads,
             store_threads=self.store_threads,
@@ -151,7 +164,14 @@ def check_options(options: Mapping[str, Any]) -> TierOptions:
             "kv_connector_extra_config: 'namespace' is for vLLM's bare tiering only; "
             "PrefixStoreConnector works it out from the model"
         )
-    return TierOptions.from_mapping(ours)
+    checked = TierOptions.from_mapping(ours)
+    meaningless = sorted((options.keys() & VLLM_OPTIONS) - DIRECT_OPTIONS)
+    if checked.mode == "direct" and meaningless:
+        raise InvalidError(
+            f"kv_connector_extra_config: mode=direct has no CPU tier, so {', '.join(meaningless)} "
+            "would do nothing: leave it out, or use mode=tier"
+        )
+    return checked
 
 
 def expand(options: Mapping[str, Any], *, machine: MachineMemory) -> dict[str, Any]:

@@ -146,6 +146,11 @@ class PrefixStoreTier(SecondaryTierManager):
             self._options.enable_kv_events
             and offloading_spec.kv_events_config.enable_kv_cache_events
         )
+        if self._options.mode != "tier":
+            raise InvalidError(
+                f"secondary_tiers: mode={self._options.mode} is for PrefixStoreConnector, which then "
+                "builds no tier"
+            )
         self._clock = clock or SystemClock()
         self._metrics = metrics.TierMetrics()
         self._metrics.set_state("opening")

@@ -91,3 +91,18 @@ def test_serve_hands_vllm_the_front_door():
 
     assert '"kv_connector":"PrefixStoreConnector"' in config
     assert '"kv_connector_extra_config":{"root":"/kv"}' in config
+
+
+def test_the_direct_path_has_no_cpu_tier():
+    """What would do nothing there is refused by name; what means something passes."""
+    direct = {"root": "/kv", "mode": "direct", "blocks_per_chunk": 2, "offload_prompt_only": True}
+
+    assert "direct" == check_options(direct).mode
+    with pytest.raises(InvalidError, match=r"mode=direct has no CPU tier, so cpu_bytes_to_use"):
+        check_options({**direct, "cpu_bytes_to_use": 10**9})
+
+
+def test_another_mode_is_refused():
+    """A misspelt mode is no tier."""
+    with pytest.raises(InvalidError, match="mode"):
+        check_options({"root": "/kv", "mode": "Direct"})

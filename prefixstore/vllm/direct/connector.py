@@ -1,0 +1,336 @@
+"""The connector of the direct path: vLLM's calls, each in its guard, on to our two sides.
+
+vLLM builds one object for the scheduler and one in each worker. Errors of configuration refuse to
+start; everything later is a miss or a skipped store.
+"""
+
+import logging
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+
+from prefixstore.clock import SystemClock
+from prefixstore.errors import InvalidError, PrefixStoreError
+from prefixstore.vllm import metrics
+from prefixstore.vllm.direct.messages import StepOrders, StepReport
+from prefixstore.vllm.direct.opening import open_worker
+from prefixstore.vllm.direct.scheduler import DirectScheduler
+from prefixstore.vllm.direct.shapes import check_topology, chunk_shape
+from prefixstore.vllm.direct.worker import OPEN_PATIENCE_S
+from prefixstore.vllm.guard import guarded
+from prefixstore.vllm.options import check_options
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+    from prefixstore.vllm.direct.worker import DirectWorker
+
+__all__ = ["DirectConnector"]
+
+logger = logging.getLogger("prefixstore")
+
+YIELD_S = 50e-6
+"""How long a step without a forward pass lets go of the GIL while requests wait for this worker: the
+pump that they wait for would else get it once in the interpreter's switch interval, 5 ms."""
+
+
+@dataclass
+class OrdersMessage(KVConnectorMetadata):
+    """A step's orders, as vLLM carries them to the workers."""
+
+    orders: StepOrders
+
+
+@dataclass
+class ReportMessage(KVConnectorWorkerMetadata):
+    """Reports, as vLLM carries and joins them on their way back."""
+
+    report: StepReport
+
+    @override
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "ReportMessage":
+        assert isinstance(other, ReportMessage), "all workers run this connector"
+        return ReportMessage(self.report.join(other.report))
+
+
+class _Counters:
+    """What the worker observes, as the tier's metrics."""
+
+    def __init__(self, observed: metrics.TierMetrics) -> None:
+        self._observed = observed
+
+    def missed(self, reason: str, chunks: int = 1) -> None:
+        self._observed.count(metrics.LOAD_MISSES, reason, by=chunks)
+
+    def skipped(self, reason: str, chunks: int = 1) -> None:
+        self._observed.count(metrics.STORES_SKIPPED, reason, by=chunks)
+
+    def moved(self, *, loaded_bytes: int = 0, stored_bytes: int = 0) -> None:
+        self._observed.count(metrics.LOAD_BYTES, by=loaded_bytes)
+        self._observed.count(metrics.STORE_BYTES, by=stored_bytes)
+
+
+def _no_results() -> tuple[set[str], set[str]] | None:
+    return None
+
+
+def _no_match() -> tuple[int | None, bool]:
+    return 0, False
+
+
+def _no_hold() -> tuple[bool, dict[str, Any] | None]:
+    return False, None
+
+
+class DirectConnector(KVConnectorBase_V1, SupportsHMA):
+    """One role of the direct path in one process."""
+
+    def __init__(
+        self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig"
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer = vllm_config.kv_transfer_config
+        # A load that fails is computed; vLLM's default would fail the request.
+        transfer.kv_load_failure_policy = "recompute"
+        extra = transfer.kv_connector_extra_config
+        self._options = check_options(extra)
+        self._clock = SystemClock()
+        self._metrics = metrics.TierMetrics()
+        check_topology(vllm_config)
+        self._blocks_per_chunk = int(extra.get("blocks_per_chunk", 1))
+        shape = chunk_shape(kv_cache_config, blocks=self._blocks_per_chunk)
+        self._rank = vllm_config.parallel_config.rank
+        self._worker: DirectWorker | None = None
+        self._scheduler: DirectScheduler | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            self._scheduler = DirectScheduler(
+                shape=shape,
+                ranks=vllm_config.parallel_config.tensor_parallel_size,
+                find_patience_s=self._options.find_deadline_s + OPEN_PATIENCE_S,
+                clock=self._clock,
+                prompts_only=bool(extra.get("offload_prompt_only", False)),
+            )
+
+    @property
+    @override
+    def requires_kv_delivery(self) -> bool:
+        """A store that is dropped is a miss later, so no request has to wait for it."""
+        return False
+
+    def count_failure(self, callback: str) -> None:
+        """Count a callback that failed and was answered with its safe value."""
+        self._metrics.count(metrics.FAILED_CALLBACKS, callback)
+
+    # In each worker's process.
+
+    @override
+    def register_kv_caches(self, kv_caches: "dict[str, torch.Tensor]") -> None:
+        self._worker, bind = open_worker(
+            self._vllm_config,
+            self._kv_cache_config,
+            kv_caches,
+            options=self._options,
+            blocks_per_chunk=self._blocks_per_chunk,
+            observer=_Counters(self._metrics),
+            clock=self._clock,
+        )
+        # Identifying weights reads them once if they are new here: not on the engine's way up.
+        threading.Thread(
+            target=self._bind, args=(bind,), name="prefixstore-identify", daemon=True
+        ).start()
+
+    def _bind(self, bind: Any) -> None:
+        assert self._worker is not None, "made before the thread"
+        try:
+            bind()
+        except PrefixStoreError as error:
+            self._worker.turn_off(str(error))
+        except Exception:
+            logger.exception("cannot work out the namespace")
+            self._worker.turn_off(
+                "the namespace could not be worked out; the log has the traceback"
+            )
+
+    @override
+    @guarded(lambda: None)
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        if self._worker is not None and isinstance(kv_connector_metadata, OrdersMessage):
+            self._worker.lose_blocks(kv_connector_metadata.orders.preempted)
+
+    @override
+    def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
+        if not self._start() and self._worker is not None:
+            self._worker.refuse(self._bound_orders())
+
+    @guarded(lambda: False)
+    def _start(self) -> bool:
+        if self._worker is not None:
+            self._worker.start(self._bound_orders())
+        return True
+
+    @override
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Return at once: no request is scheduled before its load has ended."""
+
+    @override
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: "torch.Tensor", attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """Return at once: chunks are copied whole, after the last layer."""
+
+    @override
+    @guarded(lambda: None)
+    def wait_for_save(self) -> None:
+        if self._worker is not None:
+            self._worker.save(self._bound_orders())
+
+    @override
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
+        finished = self._poll()
+        if finished is None:
+            assert self._worker is not None, "polled just now"
+            # Requests wait for these reports: without one they would wait for ever.
+            return set(), self._worker.abandon()
+        return finished
+
+    @guarded(_no_results)
+    def _poll(self) -> tuple[set[str], set[str]] | None:
+        if self._worker is None:
+            return set(), set()
+        if self._bound_orders().is_idle and self._worker.is_waiting:
+            self._clock.sleep(YIELD_S)
+        return self._worker.poll()
+
+    @override
+    @guarded(set[int])
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.take_failed_blocks() if self._worker is not None else set()
+
+    @override
+    @guarded(lambda: None)
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        report = self._worker.take_report() if self._worker is not None else None
+        if report is None:
+            return None
+        return ReportMessage(StepReport(ranks={self._rank: report}))
+
+    @override
+    @guarded(lambda: None)
+    def get_kv_connector_stats(self) -> "KVConnectorStats | None":
+        # One worker speaks for all: a gauge that each sets would tell of the last.
+        if self._worker is not None and self._rank == 0:
+            self._metrics.set_state(self._worker.state)
+        return self._metrics.take()
+
+    @override
+    @guarded(lambda: None)
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.close(self._options.drain_s)
+
+    def _bound_orders(self) -> StepOrders:
+        message = self._get_connector_metadata()
+        assert isinstance(message, OrdersMessage), "made by this connector's other role"
+        return message.orders
+
+    # In the scheduler's process.
+
+    @override
+    @guarded(lambda: None)
+    def on_new_request(self, request: "Request") -> None:
+        self._books.add(request)
+
+    @override
+    @guarded(_no_match)
+    def get_num_new_matched_tokens(
+        self, request: "Request", num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        matched = self._books.count_matched(request, num_computed_tokens)
+        return matched, bool(matched)
+
+    @override
+    def update_state_after_alloc(
+        self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int
+    ) -> None:
+        if not self._order_load(request, blocks, num_external_tokens) and num_external_tokens:
+            self._doom_load(request, blocks)
+
+    @guarded(lambda: False)
+    def _order_load(self, request: "Request", blocks: "KVCacheBlocks", tokens: int) -> bool:
+        self._books.allocate(request, blocks.get_block_ids()[0], tokens)
+        return True
+
+    @guarded(lambda: None)
+    def _doom_load(self, request: "Request", blocks: "KVCacheBlocks") -> None:
+        # All of the engine's own blocks before it, too: they are computed once more, and unharmed.
+        self._books.doom(request.request_id, blocks.get_block_ids()[0])
+
+    @override
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
+        orders = self._books.take_loads()
+        self._plan(orders, scheduler_output)
+        return OrdersMessage(orders)
+
+    @guarded(lambda: None)
+    def _plan(self, orders: StepOrders, output: "SchedulerOutput") -> None:
+        state = output.kv_connector_block_state
+        assert state is not None, "vLLM hands it to connectors"
+        self._books.plan(
+            orders,
+            scheduled_tokens=output.num_scheduled_tokens,
+            preempted=output.preempted_req_ids or (),
+            blocks_of=lambda request_id: state.resolve_block_ids(request_id)[0],
+        )
+
+    @override
+    @guarded(lambda: None)
+    def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
+        message = connector_output.kv_connector_worker_meta
+        if isinstance(message, ReportMessage):
+            self._books.take_report(message.report)
+        self._books.take_failures(connector_output.invalid_block_ids)
+        self._books.end_loads(connector_output.finished_recving or ())
+
+    @override
+    @guarded(_no_hold)
+    def request_finished(
+        self, request: "Request", block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self._books.finish(request), None
+
+    @override
+    def request_finished_all_groups(
+        self, request: "Request", block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, block_ids[0])
+
+    @override
+    @guarded(lambda: False)
+    def reset_cache(self) -> bool:
+        # vLLM calls this when weights were updated or the engine slept. What the model computes from
+        # now on may belong to another namespace.
+        self._books.turn_off()
+        return True
+
+    @property
+    def _books(self) -> DirectScheduler:
+        if self._scheduler is None:
+            raise InvalidError("called in a worker's process")
+        return self._scheduler

@@ -1,0 +1,123 @@
+"""What the scheduler's side and the workers of the direct path tell each other, once in each step.
+
+Orders go down with the step, the same to every worker; reports come back with its output. Plain
+values: they cross processes by pickle, within one engine.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prefixstore.keys import Key
+
+__all__ = [
+    "FindOrder",
+    "LoadChunk",
+    "LoadOrder",
+    "RankReport",
+    "StepOrders",
+    "StepReport",
+    "StoreOrder",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FindOrder:
+    """How many of these chunks, from the first, does your part of the store hold?"""
+
+    ticket: int
+    keys: "tuple[Key, ...]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadChunk:
+    """One chunk to load.
+
+    Attributes:
+        blocks: Where it goes: the blocks of positions ``first``, ``first + 1``, ... of the chunk.
+            Blocks before ``first`` are in the engine's own cache, which others may be reading.
+    """
+
+    key: "Key"
+    blocks: tuple[int, ...]
+    first: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOrder:
+    """Load these chunks for a request, front to back.
+
+    Attributes:
+        doomed: Blocks that cannot be loaded: to be reported as such.
+    """
+
+    request_id: str
+    chunks: tuple[LoadChunk, ...]
+    doomed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreOrder:
+    """Store one chunk that is computed when the step's forward pass has ended.
+
+    Attributes:
+        number: Comes back once the blocks are no longer needed, whether stored or dropped.
+    """
+
+    number: int
+    request_id: str
+    key: "Key"
+    parent: "Key | None"
+    end_token: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class StepOrders:
+    """What the workers are to do in one step.
+
+    Attributes:
+        preempted: Requests that have lost their blocks: nothing may be read from those any more.
+        held: Finished requests whose blocks are kept until each worker has read them.
+        touched: Keys that were used.
+        is_off: Neither store nor find from now on; what is waiting is dropped.
+        is_idle: No forward pass belongs to this step.
+    """
+
+    finds: list[FindOrder] = field(default_factory=list)
+    loads: list[LoadOrder] = field(default_factory=list)
+    stores: list[StoreOrder] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+    held: list[str] = field(default_factory=list)
+    touched: "list[Key]" = field(default_factory=list)
+    is_off: bool = False
+    is_idle: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class RankReport:
+    """What one worker has to say after a step.
+
+    Attributes:
+        found: Ticket → how many chunks of a find it holds, from the first.
+        settled: Numbers of stores whose blocks it no longer needs.
+    """
+
+    found: dict[int, int] = field(default_factory=dict)
+    settled: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True)
+class StepReport:
+    """The reports of some workers, by rank."""
+
+    ranks: dict[int, RankReport] = field(default_factory=dict)
+
+    def join(self, other: "StepReport") -> "StepReport":
+        """Join the reports of two sets of workers."""
+        joined = StepReport(ranks={rank: RankReport() for rank in {*self.ranks, *other.ranks}})
+        for part in (self, other):
+            for rank, report in part.ranks.items():
+                joined.ranks[rank].found.update(report.found)
+                joined.ranks[rank].settled.extend(report.settled)
+        return joined

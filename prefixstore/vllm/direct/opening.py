@@ -1,0 +1,130 @@
+"""How a worker of the direct path comes to be: pages, device, ring, and then its part of the store."""
+
+import os
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+from vllm.platforms import current_platform
+
+from prefixstore.errors import InvalidError
+from prefixstore.index.place import default_index_dir
+from prefixstore.ioproc.client import IoClient
+from prefixstore.ioproc.jobs import StoreTarget
+from prefixstore.vllm.backends import describe_worker, join_accounts
+from prefixstore.vllm.direct.device import CudaDevice, Device, HostDevice
+from prefixstore.vllm.direct.pages import Pages, find_regions
+from prefixstore.vllm.direct.ring import StagingRing
+from prefixstore.vllm.direct.shapes import divide_memory, layout_field
+from prefixstore.vllm.direct.worker import DirectWorker, Patience
+from prefixstore.vllm.fingerprint import scheduler_fields
+from prefixstore.vllm.layout import SlotLayout, Span
+from prefixstore.vllm.weights import WeightDigests
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from prefixstore.clock import Clock
+    from prefixstore.vllm.direct.worker import Observer
+    from prefixstore.vllm.options import TierOptions
+
+__all__ = ["choose_device", "open_worker"]
+
+
+def open_worker(
+    config: "VllmConfig",
+    caches: "KVCacheConfig",
+    kv_caches: "dict[str, torch.Tensor]",
+    *,
+    options: "TierOptions",
+    blocks_per_chunk: int,
+    observer: "Observer",
+    clock: "Clock",
+) -> "tuple[DirectWorker, Callable[[], None]]":
+    """Make a worker whose store is not open yet; the second value opens it, on any thread.
+
+    Each worker finds out the namespace of its own part: everything that decides its bytes is known
+    here, and a rank that sees other weights than the others then finds nothing of theirs.
+
+    Raises:
+        InvalidError: The KV cache's form, or the memory allowed, does not do.
+    """
+    rank, ranks = config.parallel_config.rank, config.parallel_config.tensor_parallel_size
+    layers = caches.kv_cache_groups[0].layer_names
+    regions = find_regions(kv_caches, layers, blocks=caches.num_blocks)
+    pages = Pages(regions, blocks_per_chunk=blocks_per_chunk)
+    memory = divide_memory(options, pages.payload_bytes)
+    cache = kv_caches[layers[0]]
+    device = choose_device(cache)
+    ring = StagingRing(device.allocate(memory.ring_bytes), payload_bytes=pages.payload_bytes)
+    account = describe_worker(
+        config,
+        {name: kv_caches[name] for name in layers},
+        rank=rank,
+        layout=SlotLayout(
+            page_bytes=pages.payload_bytes, spans={0: [Span(0, pages.payload_bytes)]}
+        ),
+    )
+    worker = DirectWorker(
+        pages=pages,
+        device=device,
+        ring=ring,
+        observer=observer,
+        patience=Patience(load=options.load_deadline_s),
+        clock=clock,
+        element_bytes=account.element_bytes,
+    )
+
+    def bind() -> None:
+        fields = {
+            **scheduler_fields(config, caches, digests=WeightDigests(_digest_memory())),
+            **join_accounts([account]),
+            "layout": layout_field(pages, rank=rank, ranks=ranks),
+        }
+        store = options.store_config(index_dir=_index_dir())
+        worker.bind(
+            IoClient(
+                StoreTarget(
+                    root=options.root,
+                    namespace=msgspec.json.encode(fields),
+                    options=msgspec.json.encode(store),
+                ),
+                memory.limits,
+                clock=clock,
+            )
+        )
+
+    return worker, bind
+
+
+def choose_device(cache: "torch.Tensor") -> Device:
+    """Return the device that a KV cache lies on.
+
+    Raises:
+        InvalidError: It is neither host memory nor a CUDA device's.
+    """
+    if cache.device.type == "cpu":
+        return HostDevice()
+    if cache.device.type == "cuda" and current_platform.is_cuda():
+        from vllm._custom_ops import swap_blocks_batch
+
+        return CudaDevice(torch, index=cache.device.index or 0, copy_batch=swap_blocks_batch)
+    raise InvalidError(f"mode=direct knows CPUs and CUDA, not {cache.device}: use mode=tier")
+
+
+def _digest_memory() -> "Path | None":
+    try:
+        return default_index_dir(os.environ).parent / "weights.json"
+    except InvalidError:
+        return None
+
+
+def _index_dir() -> str | None:
+    try:
+        return str(default_index_dir(os.environ))
+    except InvalidError:
+        return None

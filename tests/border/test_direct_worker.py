@@ -1,0 +1,358 @@
+"""A worker of the direct path with a real I/O process, and plain memory for its KV cache."""
+
+import ctypes
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from prefixstore.clock import SystemClock
+from prefixstore.config import StoreConfig
+from prefixstore.ioproc.client import IoClient
+from prefixstore.ioproc.jobs import Limits, StoreTarget
+from prefixstore.keys import Key
+from prefixstore.vllm.direct.device import Device, HostDevice
+from prefixstore.vllm.direct.messages import (
+    FindOrder,
+    LoadChunk,
+    LoadOrder,
+    StepOrders,
+    StoreOrder,
+)
+from prefixstore.vllm.direct.pages import Pages, Region
+from prefixstore.vllm.direct.ring import StagingRing
+from prefixstore.vllm.direct.worker import DirectWorker, Patience
+
+PAGE_BYTES = 5000
+BLOCKS = 12
+PATIENCE_S = 20.0
+STALE = b"\xee"
+
+
+class Counts:
+    """Counts what a worker observes."""
+
+    def __init__(self) -> None:
+        self.misses: Counter[str] = Counter()
+        self.skips: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def missed(self, reason: str, chunks: int = 1) -> None:
+        self.misses[reason] += chunks
+
+    def skipped(self, reason: str, chunks: int = 1) -> None:
+        self.skips[reason] += chunks
+
+    def moved(self, *, loaded_bytes: int = 0, stored_bytes: int = 0) -> None:
+        self.bytes.update(loaded=loaded_bytes, stored=stored_bytes)
+
+
+class SlowDevice(HostDevice):
+    """A device whose copies end when the test says so."""
+
+    def __init__(self) -> None:
+        self.is_slow = False
+        self.held: list[Any] = []
+
+    def store(self, copies: Any, *, after: Any) -> Any:
+        super().store(copies, after=after)
+        return "store"
+
+    def is_past(self, mark: Any) -> bool:
+        return not (self.is_slow and mark == "store")
+
+    def hold_model(self, mark: Any) -> None:
+        self.held.append(mark)
+
+
+class Rig:
+    """A worker, its cache of two layers, and steps like a model runner's."""
+
+    def __init__(
+        self, root: Path, index: Path, *, slots: int, device: Device, **limits: Any
+    ) -> None:
+        self._memory = [ctypes.create_string_buffer(PAGE_BYTES * BLOCKS) for _ in range(2)]
+        pages = Pages(
+            [
+                Region(
+                    address=ctypes.addressof(layer),
+                    stride_bytes=PAGE_BYTES,
+                    page_bytes=PAGE_BYTES,
+                    blocks=BLOCKS,
+                )
+                for layer in self._memory
+            ],
+            blocks_per_chunk=1,
+        )
+        ring = StagingRing(device.allocate(slots * 3 * 4096), payload_bytes=pages.payload_bytes)
+        assert slots == ring.count
+        self.counts = Counts()
+        self.worker = DirectWorker(
+            pages=pages,
+            device=device,
+            ring=ring,
+            observer=self.counts,
+            patience=Patience(load=limits.get("load_deadline_s", 10.0), hold=0.3),
+            clock=SystemClock(),
+            element_bytes=2,
+        )
+        self.client = IoClient(
+            StoreTarget(
+                root=str(root),
+                namespace=msgspec.json.encode({"model": "test"}),
+                options=msgspec.json.encode(StoreConfig(index_dir=str(index), miss_ttl_s=0.0)),
+            ),
+            Limits(**{"buffer_count": 4, "buffer_bytes": pages.payload_bytes, **limits}),
+        )
+        self.settled: list[int] = []
+        self.found: dict[int, int] = {}
+
+    def write(self, block: int, content: bytes) -> None:
+        for number, layer in enumerate(self._memory):
+            page = (content * PAGE_BYTES)[: PAGE_BYTES - 1] + bytes([number])
+            ctypes.memmove(ctypes.addressof(layer) + block * PAGE_BYTES, page, PAGE_BYTES)
+
+    def read(self, block: int) -> tuple[bytes, ...]:
+        begin = block * PAGE_BYTES
+        return tuple(layer.raw[begin : begin + PAGE_BYTES] for layer in self._memory)
+
+    def step(self, **orders: Any) -> tuple[set[str], set[str], set[int]]:
+        """Do what a model runner does in one step; return who was read and loaded, and what failed."""
+        step = StepOrders(**orders)
+        self.worker.lose_blocks(step.preempted)
+        self.worker.start(step)
+        self.worker.save(step)
+        read, loaded = self.worker.poll()
+        failed = self.worker.take_failed_blocks()
+        if (report := self.worker.take_report()) is not None:
+            self.settled += report.settled
+            self.found.update(report.found)
+        return read, loaded, failed
+
+    def step_until(self, condition: Callable[[], bool], what: str) -> None:
+        end_s = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < end_s, f"waited {PATIENCE_S} s for {what}"
+            self.step()
+            time.sleep(0.002)
+
+    def await_load(self, name: str) -> set[int]:
+        """Step until a request's load has ended; return the blocks that were not brought."""
+        end_s = time.monotonic() + PATIENCE_S
+        while time.monotonic() < end_s:
+            _, loaded, failed = self.step()
+            if name in loaded:
+                return failed
+            time.sleep(0.002)
+        raise AssertionError(f"waited {PATIENCE_S} s for the load of {name}")
+
+
+def key(number: int) -> Key:
+    return Key(bytes([number]) * 32 + bytes(4))
+
+
+def store(number: int, *, block: int, name: str = "r") -> StoreOrder:
+    return StoreOrder(
+        number=number,
+        request_id=name,
+        key=key(number),
+        parent=key(number - 1) if number > 1 else None,
+        end_token=16 * number,
+        blocks=(block,),
+    )
+
+
+def load(name: str, places: dict[int, int]) -> LoadOrder:
+    chunks = [LoadChunk(key=key(n), blocks=(block,), first=0) for n, block in places.items()]
+    return LoadOrder(request_id=name, chunks=tuple(chunks))
+
+
+@pytest.fixture
+def new_rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
+    """Give a function that makes workers on one root, bound to an open store; all are closed."""
+    rigs: list[Rig] = []
+
+    def make(*, slots: int = 4, device: Device | None = None, **limits: Any) -> Rig:
+        index = tmp_path / f"index-{len(rigs)}"
+        rig = Rig(tmp_path / "root", index, slots=slots, device=device or HostDevice(), **limits)
+        rigs.append(rig)
+        rig.worker.bind(rig.client)
+        rig.step_until(lambda: rig.worker.state == "on", "the store to open")
+        return rig
+
+    yield make
+    for rig in rigs:
+        rig.worker.close(2.0)
+
+
+def fill(rig: Rig, count: int) -> None:
+    """Publish chunks 1 to ``count``; chunk ``n`` holds the byte ``n``."""
+    for number in range(1, count + 1):
+        rig.write(number, bytes([number]))
+    rig.step(stores=[store(n, block=n) for n in range(1, count + 1)])
+    whole = rig.read(1)
+    rig.step_until(
+        lambda: count * sum(map(len, whole)) == rig.counts.bytes["stored"], "all to be stored"
+    )
+
+
+def test_more_chunks_than_buffers_are_stored_and_loaded(new_rig: Callable[..., Rig]) -> None:
+    """Ten chunks pass through a ring of three, out and back into other blocks of another worker."""
+    writer, reader = new_rig(slots=3), new_rig(slots=3)
+    fill(writer, 10)
+    reader.step(finds=[FindOrder(ticket=5, keys=tuple(key(n) for n in range(1, 13)))])
+    reader.step_until(lambda: 5 in reader.found, "an answer")
+    reader.step(loads=[load("r", {n: 11 - n for n in range(1, 11)})])
+
+    assert sorted(writer.settled) == list(range(1, 11))
+    assert {5: 10} == reader.found
+    assert set() == reader.await_load("r")
+    assert [writer.read(n) for n in range(1, 11)] == [reader.read(11 - n) for n in range(1, 11)]
+    assert ({}, {}) == (writer.counts.skips, reader.counts.misses)
+
+
+def test_damage_fails_its_own_block_and_those_behind(
+    new_rig: Callable[..., Rig], tmp_path: Path
+) -> None:
+    """The blocks from a damaged chunk on are reported, those before it are right."""
+    rig = new_rig(slots=1, buffer_count=1)
+    fill(rig, 4)
+    (blob,) = (tmp_path / "root").glob(f"ns/*/*/*/{key(2).hex()}.kv")
+    data = bytearray(blob.read_bytes())
+    data[5000] ^= 1
+    blob.write_bytes(data)
+    for block in (5, 6, 7, 8):
+        rig.write(block, STALE)
+    stale = rig.read(6)
+    rig.step(loads=[load("r", {1: 5, 2: 6, 3: 7, 4: 8})])
+
+    assert {6, 7, 8} == rig.await_load("r")
+    assert rig.read(1) == rig.read(5)
+    assert stale == rig.read(6), "nothing that failed its check reaches the device"
+    assert {"digest": 1} == rig.counts.misses
+
+
+def test_a_load_that_comes_late_reaches_nothing(new_rig: Callable[..., Rig]) -> None:
+    """After its deadline a load is reported, its block is another's, and the late bytes end nowhere."""
+    rig = new_rig(load_deadline_s=0.3)
+    fill(rig, 2)
+    process = rig.client._pump._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    rig.step(loads=[load("r", {1: 5, 2: 6})])
+    try:
+        failed = rig.await_load("r")
+        rig.write(5, STALE)
+        reused = rig.read(5)
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+    time.sleep(0.3)
+    rig.step()
+
+    assert {5, 6} == failed
+    assert reused == rig.read(5)
+    assert {"timeout": 2} == rig.counts.misses
+
+
+def test_blocks_are_read_before_they_are_let_go(new_rig: Callable[..., Rig]) -> None:
+    """A finished request is reported when its last copy is past, and no step waited for that."""
+    device = SlowDevice()
+    rig = new_rig(device=device)
+    rig.write(1, b"\1")
+    device.is_slow = True
+    rig.step(stores=[store(1, block=1)])
+    during = [rig.step(held=["r"])[0], rig.step()[0]]
+    device.is_slow = False
+    after = [rig.step()[0], rig.step()[0]]
+
+    assert [set(), set()] == during
+    assert [{"r"}, set()] == after, "once"
+    assert [1] == rig.settled
+
+
+def test_preempted_blocks_are_read_no_more(new_rig: Callable[..., Rig]) -> None:
+    """What is being copied is waited for by the device; what waits for a buffer is dropped."""
+    device = SlowDevice()
+    rig = new_rig(slots=3, device=device)
+    device.is_slow = True
+    rig.step(stores=[store(n, block=n) for n in (1, 2, 3)])
+    rig.step(preempted=["r"])
+
+    assert ["store"] == device.held
+    assert {"preempted": 2} == rig.counts.skips, "two buffers are kept for loads"
+    assert [2, 3] == rig.settled
+
+
+def test_a_full_ring_costs_stores_not_time(new_rig: Callable[..., Rig]) -> None:
+    """With a device that never ends, a finished request is let go after its patience."""
+    device = SlowDevice()
+    rig = new_rig(slots=3, device=device)
+    device.is_slow = True
+    rig.step(stores=[store(1, block=1, name="stuck"), store(2, block=2)])
+    rig.step(held=["r"])
+    released: set[str] = set()
+
+    def is_released() -> bool:
+        released.update(rig.step()[0])
+        return bool(released)
+
+    rig.step_until(is_released, "the request to be let go")
+    assert ({"r"}, {"busy": 1}) == (released, rig.counts.skips)
+
+
+def test_without_a_store_everything_is_answered(new_rig: Callable[..., Rig]) -> None:
+    """Turned off, finds find nothing, loads fail and stores are dropped, all at once."""
+    rig = new_rig()
+    rig.worker.turn_off("the test says so")
+    _, loaded, failed = rig.step(
+        finds=[FindOrder(ticket=1, keys=(key(1),))],
+        loads=[load("r", {1: 5})],
+        stores=[store(2, block=2)],
+    )
+
+    assert ({1: 0}, {"r"}, {5}, [2]) == (rig.found, loaded, failed, rig.settled)
+
+
+def test_the_first_lookup_waits_for_the_store_to_open(tmp_path: Path) -> None:
+    """An engine that just came back is not told that its warm prefix is unknown."""
+    first = Rig(tmp_path / "root", tmp_path / "index", slots=4, device=HostDevice())
+    first.worker.bind(first.client)
+    fill(first, 2)
+    first.worker.close(5.0)
+    rig = Rig(tmp_path / "root", tmp_path / "index", slots=4, device=HostDevice())
+    rig.step(finds=[FindOrder(ticket=1, keys=(key(1), key(2)))])
+    assert {} == rig.found
+    rig.worker.bind(rig.client)
+    rig.step_until(lambda: 1 in rig.found, "an answer")
+    rig.worker.close(2.0)
+
+    assert {1: 2} == rig.found
+
+
+def test_after_a_bug_nothing_lands_and_every_request_is_reported(
+    new_rig: Callable[..., Rig],
+) -> None:
+    """Giving everything up reports all blocks as failed, and lends every buffer anew."""
+    rig = new_rig(slots=2)
+    fill(rig, 2)
+    rig.write(5, STALE)
+    stale = rig.read(5)
+    process = rig.client._pump._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    rig.step(loads=[load("r", {1: 5, 2: 6})])
+    abandoned = rig.worker.abandon()
+    os.kill(process.pid, signal.SIGCONT)
+    failed = rig.worker.take_failed_blocks()
+    rig.step_until(lambda: not rig.client.busy, "the late loads")
+
+    assert ({"r"}, {5, 6}) == (abandoned, failed)
+    assert stale == rig.read(5)
+    rig.step(loads=[load("again", {1: 5, 2: 6})])
+    assert set() == rig.await_load("again")

@@ -1,0 +1,134 @@
+"""The direct path on the real engine: device tensors and blobs, and no CPU tier between."""
+
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm import stores, test_damage
+from tests.vllm.conftest import NewPlace
+from tests.vllm.stores import CHUNKS, PROMPT_CHUNKS, PROMPTS, Reference
+from tests.vllm.test_damage import CHUNKS_EACH, DAMAGE
+
+STORED = CHUNKS + 1
+"""The chunks of the prompts, and one that OTHER's answer completes."""
+BUFFERS_BYTES = 16 * 2**20
+"""Seven chunks on either side of the ring: LONG alone has thirteen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectPlace(stores.Place):
+    """One machine's view of a root that its engines reach by the direct path."""
+
+    def transfer(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the engine's `kv_transfer_config`: two options, and no CPU tier."""
+        return {
+            "kv_connector": "PrefixStoreConnector",
+            "kv_connector_module_path": "prefixstore.vllm.connector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {
+                "root": str(self.root),
+                "mode": "direct",
+                "buffers_bytes": BUFFERS_BYTES,
+                **options,
+            },
+        }
+
+
+@pytest.fixture
+def new_direct(new_place: NewPlace) -> Any:
+    """Give a function that makes machines on one root."""
+
+    def make(**options: Any) -> DirectPlace:
+        place = new_place(**options)
+        return DirectPlace(
+            root=place.root, cache=place.cache, start=place.start, options=place.options
+        )
+
+    return make
+
+
+def test_what_a_killed_engine_stored_serves_the_next_and_another_host(
+    new_direct: Any, tiny_llama: Path, alone: Reference
+) -> None:
+    """Cold as without a store; after SIGKILL and on a second host as from the engine's own cache."""
+    here, there = new_direct(), new_direct()
+    engine = here.engine(tiny_llama)
+    cold = engine.generate_each(PROMPTS, logprobs=1)
+    here.await_blobs(STORED)
+    engine.kill()
+    with here.engine(tiny_llama, state=None) as engine, there.engine(tiny_llama) as other:
+        # The very first request comes before the store is open: it waits the moment that takes.
+        warm = engine.generate_each(PROMPTS, logprobs=1)
+        regions = stores.shared_regions(engine)
+        second = other.generate(PROMPTS)
+        failures = stores.labelled(engine, "vllm:prefixstore_failed_callbacks", "callback")
+
+    assert stores.logprobs(alone.cold) == stores.logprobs(cold)
+    assert list(PROMPT_CHUNKS) == stores.cached_chunks(warm) == stores.cached_chunks(second)
+    assert stores.logprobs(alone.own_hit) == stores.logprobs(warm)
+    assert stores.outputs(alone.cold) == stores.outputs(warm) == stores.outputs(second)
+    assert (set(), {}) == (regions, failures), "no CPU tier, no swallowed exception"
+
+
+def test_damage_and_a_stopped_io_process_cost_only_a_recompute(
+    new_direct: Any, tiny_llama: Path
+) -> None:
+    """Every tenth blob damaged, then the I/O process asleep in mid-load: each time the same answers."""
+    place = new_direct(load_deadline_s=1.0, find_deadline_s=1.0)
+    chains: list[list[Path]] = []
+    known: set[str] = set()
+    cold = []
+    with place.engine(tiny_llama) as engine:
+        for number, prompt in enumerate(test_damage.PROMPTS, start=1):
+            cold += engine.generate([prompt])
+            blobs = place.await_blobs(number * CHUNKS_EACH)
+            new = [blobs[key] for key in blobs.keys() - known]
+            chains.append(sorted(new, key=lambda blob: stores.header_of(blob).end_token))
+            known |= blobs.keys()
+    for (damage, position, _), chain in zip(DAMAGE, chains, strict=True):
+        damage(chain[position], chain[position - 1])
+
+    with place.engine(tiny_llama) as engine:
+        warm = engine.generate_each(test_damage.PROMPTS)
+        stores.until(lambda: len(place.blobs()) == 50, "all chunks to be published again")
+        reasons = stores.labelled(engine, "vllm:prefixstore_load_misses", "reason")
+        assert engine.reset_prefix_cache()
+        healed = engine.generate_each(test_damage.PROMPTS)
+        assert engine.reset_prefix_cache()
+        io_process = stores.await_io_process(engine)
+        os.kill(io_process, signal.SIGSTOP)
+        try:
+            asleep = engine.generate_each(test_damage.PROMPTS)
+        finally:
+            os.kill(io_process, signal.SIGCONT)
+        failures = stores.labelled(engine, "vllm:prefixstore_failed_callbacks", "callback")
+
+    answers = [stores.outputs(part) for part in (warm, healed, asleep)]
+    assert [stores.outputs(cold)] * 3 == answers
+    assert {reason: 1 for _, _, reason in DAMAGE} == reasons
+    assert 4 == len(place.quarantined()), "all but the deleted one"
+    assert [CHUNKS_EACH] * len(test_damage.PROMPTS) == stores.cached_chunks(healed)
+    assert {} == failures
+
+
+def test_killed_while_storing(new_direct: Any, tiny_llama: Path, alone: Reference) -> None:
+    """Engine and I/O process killed between two blobs leave whole prefixes to the next engine."""
+    place = new_direct()
+    engine = place.engine(tiny_llama)
+    io_process = stores.await_io_process(engine)
+    engine.begin(PROMPTS, max_tokens=200)
+    stores.until(lambda: len(place.blobs()) > 0, "a first blob")
+    stores.kill(io_process)
+    engine.kill()
+    left = len(place.blobs())
+
+    with place.engine(tiny_llama) as engine:
+        warm = engine.generate_each(PROMPTS)
+
+    assert 0 < left
+    assert stores.outputs(alone.cold) == stores.outputs(warm)

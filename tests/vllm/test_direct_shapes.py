@@ -1,0 +1,109 @@
+"""What the direct path refuses, on vLLM's own specifications, and what keeps its blobs apart."""
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
+
+from prefixstore.errors import InvalidError
+from prefixstore.keys import namespace_id
+from prefixstore.vllm.direct.pages import Pages, Region
+from prefixstore.vllm.direct.shapes import (
+    check_topology,
+    chunk_shape,
+    divide_memory,
+    layout_field,
+)
+from prefixstore.vllm.options import TierOptions
+
+FULL = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)
+SIZES = ("pipeline", "prefill_context", "decode_context", "data", "tensor")
+
+
+def caches(*specs: Any) -> KVCacheConfig:
+    groups = [KVCacheGroupSpec(layer_names=[f"l{n}"], kv_cache_spec=s) for n, s in enumerate(specs)]
+    return KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
+def config(*, multimodal: bool = False, **sizes: int) -> Any:
+    parallel = {f"{name}_parallel_size": sizes.get(name, 1) for name in SIZES}
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**parallel),
+        model_config=SimpleNamespace(is_multimodal_model=multimodal),
+    )
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        (SlidingWindowSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32,
+                           sliding_window=64),),
+        (MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=64, dtype=torch.float32),),
+        (FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32,
+                           sliding_window=64),),
+        (FULL, FULL),
+    ],
+    ids=["window", "mla", "window without hybrid groups", "two groups"],
+)  # fmt: skip
+def test_other_kv_than_one_group_of_full_attention_is_refused(specs: Any) -> None:
+    """Each names what it found, and the mode that serves it."""
+    with pytest.raises(InvalidError, match=r"one KV group of full attention.*use mode=tier"):
+        chunk_shape(caches(*specs), blocks=1)
+
+
+def test_full_attention_has_a_shape() -> None:
+    """A chunk of four blocks of 16 tokens has as many tokens and hashes as vLLM says."""
+    shape = chunk_shape(caches(FULL), blocks=4)
+
+    assert (64, 4, 16) == (shape.tokens, shape.hashes, shape.tokens_per_hash)
+
+
+@pytest.mark.parametrize("name", ["pipeline", "prefill_context", "decode_context", "data"])
+def test_other_parallelism_is_refused(name: str) -> None:
+    """Only tensor parallelism was tried."""
+    with pytest.raises(InvalidError, match=f"{name}.*=2: use mode=tier"):
+        check_topology(config(**{name: 2}))
+
+
+def test_tensor_parallelism_is_served_and_pictures_are_not() -> None:
+    """Two ranks pass; a multimodal model does not."""
+    check_topology(config(tensor=2))
+    with pytest.raises(InvalidError, match="multimodal"):
+        check_topology(config(multimodal=True))
+
+
+@pytest.mark.parametrize("buffers_bytes", [2**20, 3 * 2**20, 2**28])
+def test_staging_memory_is_never_more_than_configured(buffers_bytes: int) -> None:
+    """Ring and I/O buffers together stay within the option; no room for two chunks is refused."""
+    options = TierOptions(root="/kv", buffers_bytes=buffers_bytes)
+    memory = divide_memory(options, 100_000)
+    buffers = memory.limits.buffer_count * (100_000 + 4096)
+
+    assert memory.ring_bytes + buffers <= buffers_bytes
+    assert min(memory.ring_bytes // 100_000, memory.limits.buffer_count) >= 2
+    least = re.escape("set it to ")
+    with pytest.raises(InvalidError, match=least):
+        divide_memory(options, buffers_bytes // 3)
+
+
+def test_blobs_of_another_mode_or_rank_have_another_namespace() -> None:
+    """With everything else equal, tier, rank 0, rank 1, and rank 0 of one are four namespaces."""
+    region = Region(address=0, stride_bytes=64, page_bytes=64, blocks=8)
+    pages = Pages([region], blocks_per_chunk=1)
+    fields = {"weights": "w", "topology": {"tensor": 2}}
+    parts = [(0, 2), (1, 2), (0, 1)]
+    namespaces = {
+        namespace_id({**fields, "layout": layout_field(pages, rank=rank, ranks=ranks)})
+        for rank, ranks in parts
+    } | {namespace_id(fields)}
+
+    assert 4 == len(namespaces)
