@@ -41,6 +41,9 @@ FRONT_DOOR = "behind_front_door"
 DIRECT_OPTIONS = frozenset({"blocks_per_chunk", "offload_prompt_only"})
 """Those that mean something without a CPU tier too."""
 
+TIER_OPTIONS = frozenset({"enable_kv_events", "locality"})
+"""Ours that mean something with a CPU tier only."""
+
 CPU_BYTES_LARGEST = 4 * 2**30
 """The CPU tier's size when the user names none: it stages chunks between the device and the root, and
 saves reads of what was used just now. More is better where there is more."""
@@ -165,7 +168,7 @@ def check_options(options: Mapping[str, Any]) -> TierOptions:
             "PrefixStoreConnector works it out from the model"
         )
     checked = TierOptions.from_mapping(ours)
-    meaningless = sorted((options.keys() & VLLM_OPTIONS) - DIRECT_OPTIONS)
+    meaningless = sorted(options.keys() & ((VLLM_OPTIONS - DIRECT_OPTIONS) | TIER_OPTIONS))
     if checked.mode == "direct" and meaningless:
         raise InvalidError(
             f"kv_connector_extra_config: mode=direct has no CPU tier, so {', '.join(meaningless)} "

@@ -100,6 +100,8 @@ def test_the_direct_path_has_no_cpu_tier():
     assert "direct" == check_options(direct).mode
     with pytest.raises(InvalidError, match=r"mode=direct has no CPU tier, so cpu_bytes_to_use"):
         check_options({**direct, "cpu_bytes_to_use": 10**9})
+    with pytest.raises(InvalidError, match=r"mode=direct has no CPU tier, so locality"):
+        check_options({**direct, "locality": "LOCAL"})
 
 
 def test_another_mode_is_refused():
