@@ -233,3 +233,17 @@ def test_a_hot_prompt_waits_for_no_lookup():
     it.found(orders, 3)
     r.num_computed_tokens = 70
     assert [64] == [store.end_token for store in it.step({"r": 1}).stores]
+
+
+def test_a_token_that_was_taken_back_names_no_chunk():
+    """A session that replaces its last token stores the chunk under the new hash, never the old."""
+    it, r = Harness(ranks=1), request(tokens=64)
+    it.books.add(r)
+    it.books.count_matched(r, 0)
+    it.found(it.step(), 0)
+    r.num_computed_tokens = 0
+    it.step({"r": 63})
+    r.block_hashes[7] = bytes([99]) * 32
+    r.num_computed_tokens = 63
+
+    assert [key(99)] == [store.key for store in it.step({"r": 1}).stores]

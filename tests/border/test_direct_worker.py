@@ -356,3 +356,15 @@ def test_after_a_bug_nothing_lands_and_every_request_is_reported(
     assert stale == rig.read(5)
     rig.step(loads=[load("again", {1: 5, 2: 6})])
     assert set() == rig.await_load("again")
+
+
+def test_a_load_that_a_reset_overtakes_is_not_used(new_rig: Callable[..., Rig]) -> None:
+    """What was computed by the weights of before is reported as missing, even if it arrives whole."""
+    rig = new_rig()
+    fill(rig, 2)
+    rig.worker.start(StepOrders(loads=[load("r", {1: 5, 2: 6})]))
+    rig.worker.poll()
+    failed = rig.step(is_off=True)[2] or rig.await_load("r")
+
+    assert {5, 6} == failed
+    assert "off" == rig.worker.state

@@ -189,6 +189,7 @@ class DirectScheduler:
         state = self._requests.pop(request.request_id, None)
         if state is None:
             return False
+        self._finds.pop(state.ticket or 0, None)
         if not self._is_off:
             self._orders.touched += state.keys
         # vLLM keeps the blocks of a request that ends while it loads, until the load has ended.
@@ -256,11 +257,25 @@ class DirectScheduler:
     # Inside.
 
     def _learn_keys(self, state: _Request) -> None:
-        """Name the chunks whose tokens are known by now."""
+        """Name the chunks whose tokens are known by now.
+
+        A session that goes on with new input takes its last token back, and with it the hash of a
+        block that was not computed yet. Hashes are chained, so what agrees at its end agrees whole.
+        """
         hashes, per_chunk = state.request.block_hashes, self._shape.hashes
-        for number in range(len(state.keys), len(hashes) // per_chunk):
-            last = hashes[(number + 1) * per_chunk - 1]
-            state.keys.append(Key(bytes(last) + GROUP.to_bytes(4, "big")))
+        known = len(hashes) // per_chunk
+        while state.keys and (
+            len(state.keys) > known or state.keys[-1] != self._key(hashes, len(state.keys) - 1)
+        ):
+            state.keys.pop()
+            state.next_chunk = min(state.next_chunk, len(state.keys))
+            if state.present is not None:
+                state.present = min(state.present, len(state.keys))
+        state.keys += [self._key(hashes, number) for number in range(len(state.keys), known)]
+
+    def _key(self, hashes: "Sequence[bytes]", number: int) -> Key:
+        last = hashes[(number + 1) * self._shape.hashes - 1]
+        return Key(bytes(last) + GROUP.to_bytes(4, "big"))
 
     def _ask(self, state: _Request) -> None:
         if state.ticket is not None or not state.keys:

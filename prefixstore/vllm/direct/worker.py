@@ -201,6 +201,10 @@ class DirectWorker:
         """Take a step's finds and loads."""
         if orders.is_off:
             self.turn_off("the engine's cache was reset, as after a weight update")
+            # What is on its way was computed by the weights of before.
+            for load in self._loads.values():
+                load.queue.clear()
+                load.failed.update(b for chunk in load.order.chunks for b in chunk.blocks)
         now_s = self._clock.monotonic_s()
         self._finds_waiting += orders.finds
         for order in orders.loads:
