@@ -25,6 +25,13 @@ __all__ = ["command"]
 @click.argument("model")
 @ROOT_OPTION
 @click.option(
+    "--mode",
+    type=click.Choice(["tier", "direct"]),
+    default="tier",
+    show_default=True,
+    help="Below vLLM's CPU tier, or between the device and the root without one.",
+)
+@click.option(
     "--option",
     "options",
     multiple=True,
@@ -33,10 +40,14 @@ __all__ = ["command"]
 )
 @click.argument("vllm_arguments", nargs=-1, type=click.UNPROCESSED)
 def command(
-    model: str, root: str, options: tuple[str, ...], vllm_arguments: tuple[str, ...]
+    model: str,
+    root: str,
+    mode: str,
+    options: tuple[str, ...],
+    vllm_arguments: tuple[str, ...],
 ) -> None:
     """Serve MODEL with vLLM on a root. What follows `--` goes to `vllm serve` as it is."""
-    chosen = {"root": root, **dict(_parse(option) for option in options)}
+    chosen = {"root": root, "mode": mode, **dict(_parse(option) for option in options)}
     document = msgspec.json.encode(chosen).decode()
     sys.stdout.flush()
     sys.stderr.flush()

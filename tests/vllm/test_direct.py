@@ -13,7 +13,7 @@ import pytest
 from tests.vllm import stores, test_damage
 from tests.vllm.conftest import NewPlace
 from tests.vllm.engine import Engine
-from tests.vllm.stores import CHUNKS, PROMPT_CHUNKS, PROMPTS, Reference
+from tests.vllm.stores import CHUNKS, FLOAT32, PROMPT_CHUNKS, PROMPTS, Reference
 from tests.vllm.test_damage import CHUNKS_EACH, DAMAGE
 
 STORED = CHUNKS + 1
@@ -141,3 +141,37 @@ def test_killed_while_storing(new_direct: Any, tiny_llama: Path, alone: Referenc
 
     assert 0 < left
     assert stores.outputs(alone.cold) == stores.outputs(warm)
+
+
+def test_two_ranks_each_store_their_part(new_direct: Any, tiny_llama: Path) -> None:
+    """A hit needs both ranks' parts; where one rank lacks one, both compute, and it is stored again."""
+    place = new_direct()
+    llm = {**FLOAT32, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+
+    def parts() -> list[list[Path]]:
+        namespaces = sorted(place.root.glob("ns/*"))
+        return [sorted(namespace.glob("*/*/*.kv")) for namespace in namespaces]
+
+    def await_parts() -> None:
+        stores.until(lambda: [STORED] * 2 == [len(part) for part in parts()], "all parts")
+
+    with place.engine(tiny_llama, multiprocess=True, llm=llm, env=env) as engine:
+        cold = engine.generate_each(PROMPTS)
+        await_parts()
+        forget(engine)
+        warm = engine.generate_each(PROMPTS, logprobs=1)
+        own_hit = engine.generate_each(PROMPTS, logprobs=1)
+        for blob in parts()[0]:
+            if stores.header_of(blob).end_token == 4 * stores.BLOCK_TOKENS:
+                blob.unlink()
+        forget(engine)
+        lame = engine.generate_each(PROMPTS)
+        misses = stores.labelled(engine, "vllm:prefixstore_load_misses", "reason")
+        failures = stores.labelled(engine, "vllm:prefixstore_failed_callbacks", "callback")
+        await_parts()
+
+    assert list(PROMPT_CHUNKS) == stores.cached_chunks(warm)
+    assert stores.logprobs(own_hit) == stores.logprobs(warm)
+    assert stores.outputs(cold) == stores.outputs(warm) == stores.outputs(lame)
+    assert ({"absent": 1}, {}) == (misses, failures)
