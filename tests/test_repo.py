@@ -54,6 +54,8 @@ SEAM_FREE_IN = {
     ("prefixstore/tree/writers.py", "os.kill"),
     ("prefixstore/ops/bench.py", "os.posix_fadvise"),
     ("prefixstore/ops/bench.py", "shutil.rmtree"),
+    # An archive is a file of the user's, outside every root.
+    ("prefixstore/ops/volumes.py", "os.fsync"),
 }
 # The starter of the I/O process hands the environment on, without a look at it.
 ENVIRONMENT_READERS = ("prefixstore/cli/", "prefixstore/vllm/", "prefixstore/ioproc/process.py")

@@ -2,11 +2,12 @@
 
 import xxhash
 
-from prefixstore.blob.header import BlobHeader, file_bytes
+from prefixstore.blob.header import HEADER_BYTES, BlobHeader, decode_header, file_bytes
 from prefixstore.blob.reasons import MissReason
+from prefixstore.errors import CorruptError
 from prefixstore.keys import Key, NamespaceId
 
-__all__ = ["MissReason", "check_header", "check_payload"]
+__all__ = ["MissReason", "check_header", "check_image", "check_payload"]
 
 
 def check_header(
@@ -47,6 +48,29 @@ def check_payload(header: BlobHeader, stored: memoryview) -> MissReason | None:
     if xxhash.xxh3_128_digest(stored) != header.payload_digest:
         return MissReason.DIGEST
     return None
+
+
+def check_image(image: memoryview) -> BlobHeader:
+    """Hold a whole file image against itself: header, length, digest.
+
+    What it stores is not decoded: a payload that does not decode is found by the load that tries.
+
+    Raises:
+        CorruptError: It is no sound blob.
+    """
+    if len(image) <= HEADER_BYTES:
+        raise CorruptError(MissReason.TORN, f"{len(image)} bytes are no blob")
+    header = decode_header(image[:HEADER_BYTES])
+    reason = check_header(
+        header,
+        namespace=header.namespace,
+        key=header.key,
+        raw_bytes=None,
+        file_bytes=len(image),
+    ) or check_payload(header, image[HEADER_BYTES : HEADER_BYTES + header.stored_bytes])
+    if reason is not None:
+        raise CorruptError(reason, f"a blob of {len(image)} bytes fails its check: {reason}")
+    return header
 
 
 def _file_bytes(header: BlobHeader) -> int:

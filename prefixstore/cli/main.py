@@ -12,6 +12,7 @@ end as one message on stderr, never as a traceback, and as an exit code:
 import importlib
 import os
 import sys
+from keyword import iskeyword
 
 import click
 
@@ -27,7 +28,9 @@ EXIT_INTERRUPTED = 130
 VERBS = {
     "bench": "Measure how fast a root is.",
     "doctor": "Try what a filesystem does, and recommend settings.",
+    "export": "Write chunks into an archive.",
     "gc": "Evict what was not used for longest, down to a size.",
+    "import": "Publish the chunks of an archive.",
     "init": "Create an empty store.",
     "ls": "List namespaces, chunks, or what of a prompt is stored.",
     "pin": "Keep chunks from eviction, by name.",
@@ -58,7 +61,9 @@ class _LazyGroup(click.Group):
         """Import one verb; None when there is no such verb."""
         if cmd_name not in VERBS:
             return None
-        command = importlib.import_module(f"prefixstore.cli.{cmd_name}").command
+        command = importlib.import_module(
+            f"prefixstore.cli.{cmd_name}{'_' * iskeyword(cmd_name)}"
+        ).command
         assert isinstance(command, click.Command), f"{cmd_name} has no command"
         return command
 

@@ -16,6 +16,7 @@ from prefixstore.cli.units import parse_age, parse_size
 from prefixstore.errors import InvalidError
 
 if TYPE_CHECKING:
+    from prefixstore.keys import Fields
     from prefixstore.store import PrefixStore
 
 __all__ = [
@@ -82,9 +83,21 @@ INDEX_DIR = click.option(
 
 
 def open_store(
-    root: str, *, index_dir: str | None = None, read_only: bool = False
+    root: str,
+    *,
+    index_dir: str | None = None,
+    read_only: bool = False,
+    namespace: "Fields | None" = None,
+    **settings: object,
 ) -> "PrefixStore":
-    """Open a root for a verb: no namespace, this host's index if there can be one.
+    """Open a root for a verb, with this host's index if there can be one.
+
+    Args:
+        root: Its path; it must be there.
+        index_dir: Where the index lives; None for the default.
+        read_only: Change nothing.
+        namespace: Fields of the namespace to store into, made if it is not there; None for none.
+        settings: Further ones of ``StoreConfig``.
 
     Raises:
         InvalidError: ``root`` is no root, or ``index_dir`` must not hold an index.
@@ -93,17 +106,25 @@ def open_store(
     from prefixstore.config import StoreConfig
     from prefixstore.index.place import default_index_dir
     from prefixstore.store import PrefixStore
+    from prefixstore.tree.root import Root
+
+    def opened(where: str | None) -> PrefixStore:
+        given = {"index_dir": where, "read_only": read_only, **settings}
+        config = StoreConfig.from_mapping(given)
+        if namespace is not None:
+            Root.open(root)  # A namespace may be made, a root of a mistyped path not.
+        return PrefixStore.open(
+            root, namespace=namespace, config=config, create=namespace is not None
+        )
 
     if index_dir is not None:
-        config = StoreConfig(index_dir=index_dir, read_only=read_only)
-        return PrefixStore.open(root, config=config, create=False)
+        return opened(index_dir)
     try:
-        config = StoreConfig(index_dir=str(default_index_dir(os.environ)), read_only=read_only)
-        return PrefixStore.open(root, config=config, create=False)
+        return opened(str(default_index_dir(os.environ)))
     except InvalidError:
         # A home on a network filesystem, or none, is no fault of this command line: everything the
         # verbs need can be read from the tree. A root that is none is refused again by this opening.
-        return PrefixStore.open(root, config=StoreConfig(read_only=read_only), create=False)
+        return opened(None)
 
 
 def confirm(question: str, *, yes: bool) -> None:

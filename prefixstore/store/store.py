@@ -8,6 +8,7 @@ were published under that key in that namespace.
 from collections.abc import Callable, Sequence
 from typing import Literal, Self
 
+from prefixstore.blob.verify import check_image
 from prefixstore.clock import Clock, SystemClock
 from prefixstore.config import PREFIX_CHUNKS_MAX, StoreConfig
 from prefixstore.errors import InvalidError
@@ -185,6 +186,26 @@ class PrefixStore(Upkeep):
                 )
             raw_bytes = memoryview(data).nbytes
         return self._io().store(chunk, data, raw_bytes=raw_bytes, element_bytes=element_bytes)
+
+    def adopt(self, image: memoryview) -> StoreOutcome:
+        """Publish a blob of the namespace that another store has made, byte for byte, unless it is there.
+
+        Args:
+            image: The whole file, in page-aligned memory such as a ``Buffer``'s.
+
+        Returns:
+            What became of it, as ``store``.
+
+        Raises:
+            CorruptError: It is no sound blob.
+            InvalidError: It belongs to another namespace.
+        """
+        header = check_image(image)
+        if header.namespace != self.namespace:
+            raise InvalidError(
+                f"a blob of namespace {header.namespace} does not belong into {self.namespace}"
+            )
+        return self._io().adopt(image, header)
 
     def touch(self, keys: Sequence[Key]) -> None:
         """Note that the chunks of a chain were of use just now: the whole chain moves.

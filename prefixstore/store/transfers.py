@@ -12,6 +12,7 @@ import contextlib
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import TypeAlias
 
 from prefixstore.blob.header import BlobHeader
@@ -25,7 +26,7 @@ from prefixstore.store.keeper import Keeper
 from prefixstore.store.parts import Parts
 from prefixstore.store.reconcile import record_of
 from prefixstore.store.values import Chunk, Loaded, SkipReason, StoreOutcome
-from prefixstore.tree.blobs import ChunkHead, Miss
+from prefixstore.tree.blobs import ChunkHead, Miss, Stored
 from prefixstore.tree.buffer import Buffer
 from prefixstore.tree.quarantine import Quarantine
 
@@ -125,14 +126,29 @@ class Transfers:
             element_bytes=element_bytes,
             codec=codec,
         )
+        return self._publish(
+            chunk.key,
+            chunk.parent,
+            lambda: self._tree.store(self._namespace, head, buffer, raw_bytes=raw_bytes),
+        )
+
+    def adopt(self, image: memoryview, header: BlobHeader) -> StoreOutcome:
+        """Publish a blob that was made elsewhere; see ``PrefixStore.adopt``."""
+        refusal = self._refusal(len(image))
+        if refusal is not None:
+            return self._skipped(refusal)
+        return self._publish(header.key, header.parent, lambda: self._tree.adopt(image, header))
+
+    def _publish(self, key: Key, parent: Key | None, write: Callable[[], Stored]) -> StoreOutcome:
+        """Have a blob written while nothing evicts it or its parent, and note what came of it."""
         with contextlib.ExitStack() as holds:
-            holds.enter_context(self._inflight.hold(self._namespace, chunk.key))
-            if chunk.parent is not None:
+            holds.enter_context(self._inflight.hold(self._namespace, key))
+            if parent is not None:
                 # Its refcount counts this child only once the child has a row.
-                holds.enter_context(self._inflight.hold(self._namespace, chunk.parent))
+                holds.enter_context(self._inflight.hold(self._namespace, parent))
             try:
                 self._membership.announce()
-                stored = self._tree.store(self._namespace, head, buffer, raw_bytes=raw_bytes)
+                stored = write()
             except FullError as error:
                 self._breaker.failed()
                 if self._space.limited:

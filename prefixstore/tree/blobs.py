@@ -7,7 +7,7 @@ own lengths. Names and ``stat`` are hints, on a shared filesystem more than else
 """
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import xxhash
@@ -131,20 +131,43 @@ class BlobTree:
             UnavailableError: The root cannot be written now; look again before believing it.
             InvalidError: The store is read-only.
         """
+        return self._publish(
+            namespace, head.key, lambda: self._encode(namespace, head, buffer, raw_bytes=raw_bytes)
+        )
+
+    def adopt(self, image: memoryview, header: BlobHeader) -> Stored:
+        """Publish a blob's file image as it is, unless a blob is there.
+
+        Args:
+            image: The whole file, page-aligned memory; must have passed ``check_image``.
+            header: What that returned.
+
+        Raises:
+            FullError, UnavailableError, InvalidError: As ``store``.
+        """
+        return self._publish(header.namespace, header.key, lambda: (image, header))
+
+    def _publish(
+        self,
+        namespace: NamespaceId,
+        key: Key,
+        make_image: Callable[[], tuple[memoryview, BlobHeader]],
+    ) -> Stored:
+        """Publish what ``make_image`` returns, asked for only if no blob is there."""
         if self._is_read_only:
             raise InvalidError(f"{self.root.path} was opened read-only: it stores nothing")
-        path = self._layout.blob(namespace, head.key)
+        path = self._layout.blob(namespace, key)
         try:
-            there = self._existing(path, namespace, head.key)
+            there = self._existing(path, namespace, key)
             if isinstance(there, Stored):
                 return there
-            image, header = self._encode(namespace, head, buffer, raw_bytes=raw_bytes)
+            image, header = make_image()
             length = file_bytes(header.stored_bytes)
             for _ in range(ATTEMPTS):
-                if self._publisher.publish(namespace, head.key, image[:length], replace=there):
+                if self._publisher.publish(namespace, key, image[:length], replace=there):
                     return Stored(existed=False, header=header, file_bytes=length)
                 # Somebody was first. What came may have been torn, or have gone again, since.
-                there = self._existing(path, namespace, head.key)
+                there = self._existing(path, namespace, key)
                 if isinstance(there, Stored):
                     return there
         except OSError as error:
@@ -223,6 +246,18 @@ class BlobTree:
             raw_bytes: The payload's exact length; any other is a miss.
         """
         return self._loader.load(namespace, key, buffer, raw_bytes=raw_bytes)
+
+    def read_image(
+        self, namespace: NamespaceId, key: Key, buffer: Buffer
+    ) -> tuple[BlobHeader, memoryview] | Miss:
+        """Read a blob's file as it is, and verify it as for a load.
+
+        Args:
+            namespace: Where it belongs.
+            key: Its key.
+            buffer: Holds the image until it is used again; a blob that does not fit is a miss.
+        """
+        return self._loader.read_image(namespace, key, buffer)
 
     def read_header(self, namespace: NamespaceId, key: Key) -> BlobHeader | Miss:
         """Read and verify a blob's header only; says nothing of its payload or its length."""

@@ -21,7 +21,7 @@ from prefixstore.blob.header import (
     file_bytes,
 )
 from prefixstore.blob.reasons import MissReason
-from prefixstore.blob.verify import check_header, check_payload
+from prefixstore.blob.verify import check_header, check_image, check_payload
 from prefixstore.config import Codec
 from prefixstore.errors import CorruptError
 from prefixstore.keys import Key, NamespaceId
@@ -81,6 +81,24 @@ class Loader:
             except CorruptError as error:
                 return Miss(MissReason.CODEC, f"{path}: {error}")
         return header
+
+    def read_image(
+        self, namespace: NamespaceId, key: Key, buffer: Buffer
+    ) -> tuple[BlobHeader, memoryview] | Miss:
+        """Read a blob's whole file and verify it, decoding nothing; see ``BlobTree.read_image``."""
+        path = self._layout.blob(namespace, key)
+        try:
+            header, length = self._read_file(path, buffer.image)
+            image = buffer.image[: min(file_bytes(header.stored_bytes), length)]
+            check_image(image)
+        except OSError as error:
+            return self._missed(error, path)
+        except CorruptError as error:
+            return Miss(MissReason(error.reason), f"{path}: {error}")
+        reason = check_header(
+            header, namespace=namespace, key=key, raw_bytes=None, file_bytes=length
+        )
+        return (header, image) if reason is None else Miss(reason, f"{path}: {reason}")
 
     def read_header(self, namespace: NamespaceId, key: Key) -> BlobHeader | Miss:
         """Read and verify a blob's header only; says nothing of its payload or its length."""
