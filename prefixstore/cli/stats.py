@@ -1,5 +1,6 @@
 """``prefixstore stats``: what a root holds."""
 
+import datetime as dt
 import signal
 import threading
 from typing import TYPE_CHECKING
@@ -11,9 +12,12 @@ from prefixstore.cli.render import echo_json, echo_table
 from prefixstore.cli.units import format_size
 
 if TYPE_CHECKING:
+    from prefixstore.ops.hosts import CollectorLine
     from prefixstore.ops.report import RootReport
 
 __all__ = ["command"]
+
+WRITERS_SHOWN = 5
 
 
 @click.command("stats", epilog="Example: prefixstore stats /mnt/kv --json | jq .file_bytes")
@@ -111,7 +115,10 @@ def _echo(found: "RootReport") -> None:
         ("compression", f"saves {format_size(saved)}" if saved > 0 else "saves nothing"),
         ("free space", f"{format_size(found.free_bytes)} of {format_size(found.total_bytes)}"),
         ("pins", ", ".join(f"{name} ({n})" for name, n in found.pins.items()) or "none"),
-        ("writers", f"{found.writers}"),
+        ("ages", _ages(found)),
+        ("limits", _limits(found)),
+        ("collector", _collector(found.collector)),
+        ("writers", _writers(found)),
         ("quarantine", _files(found.quarantine_files, found.quarantine_bytes)),
     ]
     if found.torn_files:
@@ -121,18 +128,66 @@ def _echo(found: "RootReport") -> None:
     if found.namespaces:
         click.echo()
         echo_table(
-            ("namespace", "chunks", "size", "share"),
+            ("namespace", "chunks", "size", "share", "last used", "oldest"),
             [
                 (
                     line.namespace,
                     f"{line.chunks}",
                     format_size(line.file_bytes),
                     _share(line.file_bytes, found.file_bytes),
+                    _moment(line.used_s),
+                    _moment(line.oldest_s),
                 )
                 for line in found.namespaces
             ],
             right=frozenset({1, 2, 3}),
         )
+
+
+def _ages(found: "RootReport") -> str:
+    lines = [line for line in found.namespaces if line.chunks]
+    if not lines:
+        return "-"
+    oldest, newest = min(line.oldest_s for line in lines), max(line.used_s for line in lines)
+    return f"last used {_moment(oldest)} to {_moment(newest)}"
+
+
+def _limits(found: "RootReport") -> str:
+    from prefixstore.cli.limits import limit_lines
+
+    if found.limits is None:
+        return "none in the root"
+    lines = limit_lines(found.limits)
+    if found.limits.max_bytes is not None:
+        lines.append(("used", _share(found.file_bytes, found.limits.max_bytes)))
+    return ", ".join(f"{name} {value}" for name, value in lines)
+
+
+def _collector(line: "CollectorLine") -> str:
+    scanned = f"last scan {_moment(line.scanned_s)}" if line.scanned_s else "no scan known"
+    if not line.epoch:
+        return f"nobody has evicted yet, {scanned}"
+    if not line.active:
+        return f"at rest after eviction {line.epoch}, {scanned}"
+    where = f" on {line.host}" if line.host else ""
+    return f"{line.holder[:8]}{where} evicts, last seen {_moment(line.beat_s)}, {scanned}"
+
+
+def _writers(found: "RootReport") -> str:
+    shown = [
+        f"{line.host or '?'} pid {line.pid} seen {_moment(line.seen_s)}"
+        for line in found.seen[:WRITERS_SHOWN]
+    ]
+    more = len(found.seen) - len(shown)
+    return (
+        f"{found.writers}"
+        + "".join(f"\n{'':12}{each}" for each in shown)
+        + (f"\n{'':12}... {more} more: --json" if more else "")
+    )
+
+
+def _moment(used_s: float) -> str:
+    return f"{dt.datetime.fromtimestamp(used_s, tz=dt.UTC):%Y-%m-%d %H:%M}Z" if used_s else "-"
 
 
 def _share(part: int, whole: int) -> str:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from prefixstore.errors import InvalidError, PrefixStoreError
 from prefixstore.index.base import Row
 from prefixstore.keys import NamespaceId, kv_group
+from prefixstore.ops.hosts import CollectorLine, WriterLine, collector_line, writer_lines
 from prefixstore.store import PrefixStore
+from prefixstore.tree.limits import LimitsDocument, read_limits
 from prefixstore.tree.quarantine import Quarantine
-from prefixstore.tree.writers import Writers, this_process
 
 __all__ = ["ChunkLine", "NamespaceLine", "RootReport", "chunk_line", "namespace_lines", "report"]
 
@@ -23,6 +24,7 @@ class NamespaceLine:
         file_bytes: What their files take.
         raw_bytes: Their payloads, decoded.
         used_s: When one of them was last used, in seconds since the epoch; 0 if it is empty.
+        oldest_s: When the one that was longest unused was last used; 0 if it is empty.
     """
 
     namespace: NamespaceId
@@ -31,6 +33,7 @@ class NamespaceLine:
     file_bytes: int
     raw_bytes: int
     used_s: int
+    oldest_s: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +78,9 @@ class RootReport:
         namespaces: Its namespaces.
         pins: Pins, by name, with the number of their keys.
         writers: Writers that have announced themselves and not left.
+        limits: What all hosts keep to; None if there are none, or they cannot be understood.
+        collector: Who collects.
+        seen: The writers, one by one, the latest seen first.
         quarantine_files: Damaged blobs kept for inspection.
         quarantine_bytes: What they take.
         torn_files: Files under a blob's name that are no blobs, as a power cut leaves them.
@@ -91,6 +97,9 @@ class RootReport:
     namespaces: tuple[NamespaceLine, ...]
     pins: dict[str, int]
     writers: int
+    limits: LimitsDocument | None
+    collector: CollectorLine
+    seen: tuple[WriterLine, ...]
     quarantine_files: int
     quarantine_bytes: int
     torn_files: int
@@ -114,6 +123,12 @@ def report(store: PrefixStore) -> RootReport:
     except InvalidError as error:
         pins = {}
         errors.append(str(error))
+    try:
+        limits = read_limits(store.root)
+    except InvalidError as error:
+        limits = None
+        errors.append(str(error))
+    seen = writer_lines(store.root)
     space = store.root.os_calls.space(store.root.path)
     return RootReport(
         root=store.root.path,
@@ -123,7 +138,10 @@ def report(store: PrefixStore) -> RootReport:
         raw_bytes=sum(line.raw_bytes for line in lines),
         namespaces=tuple(lines),
         pins=pins,
-        writers=len(Writers(store.root, this=this_process()).known()),
+        writers=len(seen),
+        limits=limits,
+        collector=collector_line(store.root, seen),
+        seen=tuple(seen),
         quarantine_files=len(quarantine),
         quarantine_bytes=sum(stat.size_bytes for _, stat in quarantine),
         torn_files=len(scan.torn),
@@ -141,12 +159,13 @@ def namespace_lines(store: PrefixStore) -> list[NamespaceLine]:
     """
     lines = []
     for namespace in store.root.namespaces():
-        chunks = file_bytes = raw_bytes = used_s = 0
+        chunks = file_bytes = raw_bytes = used_s = oldest_s = 0
         for row in store.hints.scan(namespace):
             chunks += 1
             file_bytes += row.record.file_bytes
             raw_bytes += row.record.raw_bytes
             used_s = max(used_s, row.record.used_s)
+            oldest_s = min(oldest_s or row.record.used_s, row.record.used_s)
         lines.append(
             NamespaceLine(
                 namespace=namespace,
@@ -155,6 +174,7 @@ def namespace_lines(store: PrefixStore) -> list[NamespaceLine]:
                 file_bytes=file_bytes,
                 raw_bytes=raw_bytes,
                 used_s=used_s,
+                oldest_s=oldest_s,
             )
         )
     return sorted(lines, key=lambda line: -line.file_bytes)

@@ -134,7 +134,11 @@ class Collector:
         Raises:
             PrefixStoreError: The root cannot be read.
         """
-        self._reap()
+        try:
+            self._reap()
+        except PrefixStoreError as error:
+            # A root that is full, or cannot be written, is evicted from all the same, or says so then.
+            LOG.info("prefixstore cannot reap: %s", error)
         return self._with_lease(
             lambda has_ended: self._evict_until(
                 lambda: stop() or has_ended(),

@@ -1,10 +1,14 @@
 """The running sums of one eviction or removal."""
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from prefixstore.errors import PrefixStoreError
 from prefixstore.policy.eviction import EvictionPlan
-from prefixstore.store.values import EvictionReport
+from prefixstore.store.values import EvictionReport, PlannedGroup
+
+if TYPE_CHECKING:
+    from prefixstore.keys import NamespaceId
 
 __all__ = ["Tally"]
 
@@ -26,12 +30,23 @@ class Tally:
         self.errors: list[str] = []
         self.gave_up = False
         self._failures = 0
+        self._groups: dict[tuple[NamespaceId, str], tuple[int, int, int, int]] = {}
 
     def planned(self, plan: EvictionPlan) -> None:
         """Add a plan."""
         self.planned_chunks += len(plan.victims)
         self.planned_bytes += plan.file_bytes
         self.reasons.update(str(victim.reason) for victim in plan.victims)
+        for victim in plan.victims:
+            name = (victim.namespace, str(victim.reason))
+            before = self._groups.get(name, (0, 0, victim.used_s, victim.used_s))
+            chunks, file_bytes, oldest_s, newest_s = before
+            self._groups[name] = (
+                chunks + 1,
+                file_bytes + victim.file_bytes,
+                min(oldest_s, victim.used_s),
+                max(newest_s, victim.used_s),
+            )
 
     def removed(self, file_bytes: int) -> None:
         """Add a chunk that is gone."""
@@ -45,6 +60,24 @@ class Tally:
         if len(self.errors) < ERRORS_MAX:
             self.errors.append(str(error))
         self.gave_up = self._failures >= ERRORS_MAX
+
+    def _planned_groups(self) -> list[PlannedGroup]:
+        return [
+            PlannedGroup(
+                namespace=namespace,
+                reason=reason,
+                chunks=chunks,
+                file_bytes=file_bytes,
+                oldest_s=oldest_s,
+                newest_s=newest_s,
+            )
+            for (namespace, reason), (
+                chunks,
+                file_bytes,
+                oldest_s,
+                newest_s,
+            ) in self._groups.items()
+        ]
 
     def report(self, *, chunks: int, file_bytes: int, short_bytes: int) -> EvictionReport:
         """Freeze the sums.
@@ -67,6 +100,7 @@ class Tally:
             left_chunks=chunks - going_chunks,
             left_bytes=file_bytes - going_bytes,
             reasons=dict(self.reasons),
+            groups=tuple(sorted(self._planned_groups(), key=lambda group: -group.file_bytes)),
             kept=dict(self.kept),
             short_bytes=short_bytes,
             errors=tuple(self.errors),

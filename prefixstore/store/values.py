@@ -15,6 +15,7 @@ __all__ = [
     "EvictionReport",
     "Loaded",
     "NamespaceStats",
+    "PlannedGroup",
     "SkipReason",
     "StoreOutcome",
     "StoreStats",
@@ -121,6 +122,27 @@ class StoreStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedGroup:
+    """Planned chunks of one namespace that go for one reason.
+
+    Attributes:
+        namespace: Where.
+        reason: Why.
+        chunks: How many.
+        file_bytes: Their file bytes.
+        oldest_s: When the one that was longest unused was last used, in seconds since the epoch.
+        newest_s: When the one that was used last was.
+    """
+
+    namespace: NamespaceId
+    reason: str
+    chunks: int
+    file_bytes: int
+    oldest_s: int
+    newest_s: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvictionReport:
     """What an eviction did, or would do.
 
@@ -133,6 +155,7 @@ class EvictionReport:
         left_chunks: Chunks of the root that remain.
         left_bytes: Their file bytes.
         reasons: Planned chunks by the reason they were chosen.
+        groups: Planned chunks by namespace and reason, the largest first; empty for a removal by key.
         kept: Planned chunks that were left after all, by the reason (in flight, pinned meanwhile,
             an error).
         short_bytes: By how much the target was missed, since the rest is pinned or in use.
@@ -148,6 +171,7 @@ class EvictionReport:
     left_chunks: int
     left_bytes: int
     reasons: dict[str, int]
+    groups: tuple[PlannedGroup, ...]
     kept: dict[str, int]
     short_bytes: int
     errors: tuple[str, ...]
