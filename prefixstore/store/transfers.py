@@ -136,7 +136,7 @@ class Transfers:
         """Publish a blob that was made elsewhere; see ``PrefixStore.adopt``."""
         refusal = self._refusal(len(image))
         if refusal is not None:
-            return self._skipped(refusal)
+            return self._skipped(*refusal)
         return self._publish(header.key, header.parent, lambda: self._tree.adopt(image, header))
 
     def _publish(self, key: Key, parent: Key | None, write: Callable[[], Stored]) -> StoreOutcome:
