@@ -138,6 +138,9 @@ class Evictor:
         tally = Tally(dry_run=dry_run)
         if self._keeper is not None:
             self._keeper.flush()
+        if not dry_run:
+            # By a wrong clock of this host a pin might have ended.
+            self._knows_time(tally, wanted=False)
         for at in range(0, len(keys), BATCH_VICTIMS):
             held = self._pins.held(now_s=self._membership.now_s())
             batch = keys[at : at + BATCH_VICTIMS]

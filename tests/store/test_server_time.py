@@ -62,6 +62,8 @@ def test_a_pin_of_a_host_that_did_not_know_the_time_is_held(open_store: OpenStor
 
     assert ahead.evict(0).evicted_chunks == 0
     assert load(ahead, key) == payload_of(key)
+    late = open_store(clock=ManualClock(start_s=time.time() + AHEAD_S), index=None)
+    assert late.remove(keys).kept == {"pinned": 1}
 
 
 def test_a_host_that_did_not_know_the_time_goes_on_touching(open_store: OpenStore) -> None:
