@@ -120,8 +120,8 @@ class TwoHostMachine(StoreMachine):
         others = [at_s for by, at_s in enumerate(self.changed_at_s) if by != number]
         return self.server.now_s() - max(others) >= CACHE_S
 
-    def changed(self, number: int) -> None:
-        """Note that a host has changed the root now."""
+    def note_changed(self, number: int) -> None:
+        """Note when a host changes the root."""
         self.changed_at_s[number] = self.server.now_s()
 
     def note_published(self, number: int, key: Key) -> None:
@@ -129,14 +129,14 @@ class TwoHostMachine(StoreMachine):
         if key not in self.published:
             self.published_by[key] = (number, self.server.now_s())
             self.used_at_s[key] = self.server.now_s()
-            self.changed(number)
+            self.note_changed(number)
         super().note_published(number, key)
 
     def note_pinned(self, number: int, name: str) -> None:
         """Note who made a pin when."""
         self.pinned_by[name] = (number, self.server.now_s())
         self.ends_at_s.pop(name, None)
-        self.changed(number)
+        self.note_changed(number)
 
     def forget_pin(self, name: str) -> None:
         """Note that a pin holds nothing any more."""
@@ -165,7 +165,7 @@ class TwoHostMachine(StoreMachine):
         known = [record is not None for record in store.hints.get_many(store.namespace, keys)]
         store.touch(keys)
         store.work()
-        self.changed(number)
+        self.note_changed(number)
         for key, has_row in zip(keys, known, strict=True):
             if has_row and key in self.published:
                 self.used_at_s[key] = self.server.now_s()
@@ -178,7 +178,7 @@ class TwoHostMachine(StoreMachine):
         late_s -= 0 if self.is_settled(number) else int(CACHE_S)
         seen = {key for key in self.published if self.sees(number, key)}
         must_stay = self.held(number, seen)
-        self.changed(number)
+        self.note_changed(number)
         self.stores[number].evict(max_age_s=age_s)
         gone = self.published - self.in_tree()
         self.published -= gone
@@ -229,7 +229,7 @@ class TwoHostMachine(StoreMachine):
             doing[what]()
         self.bury(number)
         self.hosts[number].die_after(None)
-        self.changed(number)
+        self.note_changed(number)
         self.stores[number] = self.make(number)
         self.take_over(number, what, before, pinned=pinned, keys=keys)
 
