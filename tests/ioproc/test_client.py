@@ -23,11 +23,25 @@ from tests.ioproc.conftest import (
 )
 
 
-def child_of(client: IoClient) -> int:
-    """Return the pid of the client's I/O process."""
+def pid_of(client: IoClient) -> int | None:
+    """Return the pid of the client's I/O process, None while it has none."""
     process = client._pump._process
-    assert process is not None
-    return process.pid
+    return None if process is None else process.pid
+
+
+def child_of(client: IoClient) -> int:
+    """Return the pid of the client's I/O process, which it has."""
+    pid = pid_of(client)
+    assert pid is not None
+    return pid
+
+
+def runs(pid: int) -> bool:
+    """Whether a process runs; one that is dead and not reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
 
 
 def stop(pid: int) -> None:
@@ -207,8 +221,9 @@ def test_a_hung_process_is_killed_and_replaced(make_client):
     assert not found.answered
     assert child == child_of(client)
     clock.advance(100.0)
-    wait_until(lambda: not Path(f"/proc/{child}/stat").exists(), "the end of the hung process")
+    wait_until(lambda: pid_of(client) not in (child, None), "another process")
     await_state(client, "on")
+    wait_until(lambda: not runs(child), "the end of the hung process")
     client.find(2, keys, chained=True)
     assert [True] == await_jobs(client)[0].present
 
