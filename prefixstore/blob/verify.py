@@ -51,7 +51,9 @@ def check_payload(header: BlobHeader, stored: memoryview) -> MissReason | None:
 
 
 def check_image(image: memoryview) -> BlobHeader:
-    """Hold a whole file image against itself: header, length, digest.
+    """Hold a whole file image against itself: header, length, digest, and the zeros behind the payload.
+
+    Stricter than a load, which has no use for what lies behind: a file that travels arrives as it was made.
 
     What it stores is not decoded: a payload that does not decode is found by the load that tries.
 
@@ -70,6 +72,9 @@ def check_image(image: memoryview) -> BlobHeader:
     ) or check_payload(header, image[HEADER_BYTES : HEADER_BYTES + header.stored_bytes])
     if reason is not None:
         raise CorruptError(reason, f"a blob of {len(image)} bytes fails its check: {reason}")
+    padding = image[HEADER_BYTES + header.stored_bytes :]
+    if padding != bytes(len(padding)):
+        raise CorruptError(MissReason.DIGEST, f"a blob of {len(image)} bytes does not end in zeros")
     return header
 
 

@@ -4,6 +4,7 @@ import io
 import tarfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -325,20 +326,29 @@ def test_an_empty_archive_is_whole(tmp_path: Path) -> None:
     assert report.chunks == 0
 
 
+@dataclass(frozen=True, repr=False)
+class Good:
+    """A small archive, and the image of each blob in it."""
+
+    archive: bytes
+    images: dict[Key, bytes]
+
+
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, dict[Key, bytes]]:
-    """Return a small archive, and the image of each blob in it."""
+def good(tmp_path_factory: pytest.TempPathFactory) -> Good:
+    """Return an archive of three chunks."""
     path = f"{tmp_path_factory.mktemp('good')}/root"
     with opener(path)(FIELDS) as store:
         store_chain(store, TRUNK)
     found = blobs(path)
-    return exported(path), {Key(bytes.fromhex(Path(p).stem)): b for p, b in found.items()}
+    images = {Key(bytes.fromhex(Path(path).stem)): image for path, image in found.items()}
+    return Good(exported(path), images)
 
 
 @pytest.mark.crash
-def test_cut_anywhere_nothing_arrives(good: tuple[bytes, dict[Key, bytes]], tmp_path: Path) -> None:
+def test_cut_anywhere_nothing_arrives(good: Good, tmp_path: Path) -> None:
     """A file that ends at any block's edge, or beside it, is refused before anything is visible."""
-    archive, _ = good
+    archive = good.archive
     ends = {edge + off for edge in range(0, len(archive) - 2 * BLOCK, BLOCK) for off in (0, 1, 511)}
     for end in sorted(each for each in ends if each < len(archive) - 2 * BLOCK):
         with pytest.raises((InvalidError, CorruptError)):
@@ -374,29 +384,28 @@ def edit(archive: bytes, edits: list[tuple[str, int, int, int]]) -> bytes:
     return bytes(changed)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(edits=EDITS)
 def test_whatever_is_changed_nothing_wrong_arrives(
-    good: tuple[bytes, dict[Key, bytes]],
+    good: Good,
     tmp_path_factory: pytest.TempPathFactory,
     edits: list[tuple[str, int, int, int]],
 ) -> None:
     """Bytes flipped, cut out, repeated or put in: what a stream still publishes is what was exported."""
-    archive, images = good
-    changed = edit(archive, edits)
+    changed = edit(good.archive, edits)
     directory = tmp_path_factory.mktemp("fuzz")
     target = f"{directory}/target"
     with suppress(InvalidError, CorruptError):
         import_stream(io.BytesIO(changed), opener(target), name="archive")
     found = {Key(bytes.fromhex(Path(p).stem)): content for p, content in blobs(target).items()}
 
-    assert {key: images.get(key) for key in found} == found
+    assert {key: good.images.get(key) for key in found} == found
     assert {path.name for path in directory.iterdir()} <= {"target", "target-index"}
 
 
-def test_a_reader_stops_at_the_end(good: tuple[bytes, dict[Key, bytes]]) -> None:
+def test_a_reader_stops_at_the_end(good: Good) -> None:
     """Something behind the last member is no part of an archive."""
-    archive, _ = good
+    archive = good.archive
     with pytest.raises(InvalidError, match="something follows its end"):
         inspect(io.BytesIO(archive[: -2 * BLOCK] + b"x" * 2 * BLOCK), name="archive")
     reader = ArchiveReader(io.BytesIO(archive), name="archive")
