@@ -247,3 +247,17 @@ def test_a_token_that_was_taken_back_names_no_chunk():
     r.num_computed_tokens = 63
 
     assert [key(99)] == [store.key for store in it.step({"r": 1}).stores]
+
+
+def test_a_load_that_cannot_be_ordered_is_reported_once():
+    """Its own blocks come back as failed, those of the engine's cache do not, and it is not retried."""
+    it, r = Harness(ranks=1), request()
+    it.books.add(r)
+    it.books.count_matched(r, 16)
+    it.found(it.step(), 4)
+    assert 48 == it.books.count_matched(r, 16)
+    it.books.doom("r", BLOCKS[:8], 48)
+    (order,) = it.step().loads
+
+    assert ((), (102, 103, 104, 105, 106, 107)) == (order.chunks, order.doomed)
+    assert 0 == it.books.count_matched(r, 16)

@@ -352,7 +352,7 @@ def test_after_a_bug_nothing_lands_and_every_request_is_reported(
     failed = rig.worker.take_failed_blocks()
     rig.step_until(lambda: not rig.client.busy, "the late loads")
 
-    assert ({"r"}, {5, 6}) == (abandoned, failed)
+    assert ((set(), {"r"}), {5, 6}) == (abandoned, failed)
     assert stale == rig.read(5)
     rig.step(loads=[load("again", {1: 5, 2: 6})])
     assert set() == rig.await_load("again")
@@ -368,3 +368,16 @@ def test_a_load_that_a_reset_overtakes_is_not_used(new_rig: Callable[..., Rig]) 
 
     assert {5, 6} == failed
     assert "off" == rig.worker.state
+
+
+def test_after_a_bug_no_block_stays_held(new_rig: Callable[..., Rig]) -> None:
+    """Giving everything up lets go of finished requests too, and the ring is whole again."""
+    device = SlowDevice()
+    rig = new_rig(slots=3, device=device)
+    device.is_slow = True
+    rig.step(stores=[store(n, block=n) for n in (1, 2)])
+    rig.step(held=["r"])
+
+    assert ({"r"}, set()) == rig.worker.abandon()
+    device.is_slow = False
+    fill(rig, 3)

@@ -207,7 +207,7 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
         if finished is None:
             assert self._worker is not None, "polled just now"
             # Requests wait for these reports: without one they would wait for ever.
-            return set(), self._worker.abandon()
+            return self._worker.abandon()
         return finished
 
     @guarded(_no_results)
@@ -270,7 +270,7 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int
     ) -> None:
         if not self._order_load(request, blocks, num_external_tokens) and num_external_tokens:
-            self._doom_load(request, blocks)
+            self._doom_load(request, blocks, num_external_tokens)
 
     @guarded(lambda: False)
     def _order_load(self, request: "Request", blocks: "KVCacheBlocks", tokens: int) -> bool:
@@ -278,9 +278,8 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
         return True
 
     @guarded(lambda: None)
-    def _doom_load(self, request: "Request", blocks: "KVCacheBlocks") -> None:
-        # All of the engine's own blocks before it, too: they are computed once more, and unharmed.
-        self._books.doom(request.request_id, blocks.get_block_ids()[0])
+    def _doom_load(self, request: "Request", blocks: "KVCacheBlocks", tokens: int) -> None:
+        self._books.doom(request.request_id, blocks.get_block_ids()[0], tokens)
 
     @override
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:

@@ -180,9 +180,15 @@ class DirectScheduler:
             )
         self._orders.loads.append(LoadOrder(request_id=request.request_id, chunks=tuple(chunks)))
 
-    def doom(self, request_id: str, blocks: "Iterable[int]") -> None:
+    def doom(self, request_id: str, blocks: "Sequence[int]", tokens: int) -> None:
         """Have a load reported as failed that could not be ordered: its request waits for a report."""
-        self._orders.loads.append(LoadOrder(request_id=request_id, chunks=(), doomed=tuple(blocks)))
+        # For a load that runs between steps, vLLM allocates what it is to bring and nothing behind.
+        count = -(-tokens // self._shape.tokens_per_block)
+        if (state := self._requests.get(request_id)) is not None:
+            state.may_load = False
+        self._orders.loads.append(
+            LoadOrder(request_id=request_id, chunks=(), doomed=tuple(blocks[-count:]))
+        )
 
     def finish(self, request: "Request") -> bool:
         """Forget a request; True if its blocks must be kept until every worker has read them."""

@@ -13,6 +13,7 @@ A load that comes late reaches nothing: before it copies, the pump asks under a 
 is still wanted, and it is not once it was reported.
 """
 
+import contextlib
 import ctypes
 import logging
 import threading
@@ -283,8 +284,8 @@ class DirectWorker:
         """Whether requests wait for this worker."""
         return bool(self._loads or self._finds or self._finds_waiting or self._held)
 
-    def abandon(self) -> set[str]:
-        """Give up all loads after a bug of ours; return their requests. Nothing lands any more."""
+    def abandon(self) -> tuple[set[str], set[str]]:
+        """Give everything up after a bug of ours; return what ``poll`` would. Nothing lands any more."""
         with self._landing:
             for chunk in self._chunks.values():
                 chunk.is_wanted = False
@@ -292,11 +293,18 @@ class DirectWorker:
         for chunk in self._chunks.values():
             chunk.lease.release()
         self._chunks.clear()
+        for order, lease in [pair for batch in self._batches for pair in batch.stores]:
+            self._end_store(order, lease, skipped="error")
+        self._keys_storing.difference_update(order.key for order in self._stores_waiting)
+        self._batches.clear()
+        self._stores_waiting.clear()
+        self._unread.clear()
+        held, self._held = set(self._held), {}
         loads, self._loads = self._loads, {}
         for load in loads.values():
             self._failed_blocks |= {b for c in load.order.chunks for b in c.blocks}
             self._failed_blocks |= set(load.order.doomed)
-        return set(loads)
+        return held, set(loads)
 
     def close(self, timeout_s: float) -> None:
         """Publish what was read from the device, for a bounded time, and end the I/O process."""
@@ -369,6 +377,9 @@ class DirectWorker:
             except Exception:
                 # The pump would take it for a bug of its own and lose all that is in flight.
                 logger.exception("a chunk could not be copied to the device")
+                # If a part of it was submitted all the same, it ends before the blocks are another's.
+                with contextlib.suppress(Exception):
+                    self._device.finish()
 
     def _end_copies(self, now_s: float) -> None:
         """End the chunks whose copy to the device is past."""
