@@ -111,14 +111,14 @@ def test_damage_and_a_stopped_io_process_cost_only_a_recompute(
         io_process = stores.await_io_process(engine)
         os.kill(io_process, signal.SIGSTOP)
         try:
-            asleep = engine.generate_each(test_damage.PROMPTS)
+            asleep = engine.generate_each(test_damage.PROMPTS[:2])
         finally:
             with contextlib.suppress(ProcessLookupError):  # Replaced already, for hanging.
                 os.kill(io_process, signal.SIGCONT)
         failures = stores.labelled(engine, "vllm:prefixstore_failed_callbacks", "callback")
 
-    answers = [stores.outputs(part) for part in (warm, healed, asleep)]
-    assert [stores.outputs(cold)] * 3 == answers
+    assert stores.outputs(cold) == stores.outputs(warm) == stores.outputs(healed)
+    assert stores.outputs(cold)[:2] == stores.outputs(asleep)
     assert {reason: 1 for _, _, reason in DAMAGE} == reasons
     assert 4 == len(place.quarantined()), "all but the deleted one"
     assert [CHUNKS_EACH] * len(test_damage.PROMPTS) == stores.cached_chunks(healed)
