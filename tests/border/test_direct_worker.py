@@ -153,6 +153,20 @@ class Rig:
         raise AssertionError(f"waited {PATIENCE_S} s for the load of {name}")
 
 
+def stop(rig: Rig) -> int:
+    """Stop a worker's I/O process, wait until all its threads stand still, and return its id."""
+    process = rig.client._pump._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
+
+    def stands() -> bool:
+        states = (path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/stat"))
+        return all(state.rpartition(")")[2].split()[0] == "T" for state in states)
+
+    rig.step_until(stands, "the process to stand still")
+    return process.pid
+
+
 def key(number: int) -> Key:
     return Key(bytes([number]) * 32 + bytes(4))
 
@@ -242,16 +256,14 @@ def test_a_load_that_comes_late_reaches_nothing(new_rig: Callable[..., Rig]) -> 
     """After its deadline a load is reported, its block is another's, and the late bytes end nowhere."""
     rig = new_rig(load_deadline_s=0.3)
     fill(rig, 2)
-    process = rig.client._pump._process
-    assert process is not None
-    os.kill(process.pid, signal.SIGSTOP)
+    process = stop(rig)
     rig.step(loads=[load("r", {1: 5, 2: 6})])
     try:
         failed = rig.await_load("r")
         rig.write(5, STALE)
         reused = rig.read(5)
     finally:
-        os.kill(process.pid, signal.SIGCONT)
+        os.kill(process, signal.SIGCONT)
     time.sleep(0.3)
     rig.step()
 
@@ -343,12 +355,10 @@ def test_after_a_bug_nothing_lands_and_every_request_is_reported(
     fill(rig, 2)
     rig.write(5, STALE)
     stale = rig.read(5)
-    process = rig.client._pump._process
-    assert process is not None
-    os.kill(process.pid, signal.SIGSTOP)
+    process = stop(rig)
     rig.step(loads=[load("r", {1: 5, 2: 6})])
     abandoned = rig.worker.abandon()
-    os.kill(process.pid, signal.SIGCONT)
+    os.kill(process, signal.SIGCONT)
     failed = rig.worker.take_failed_blocks()
     rig.step_until(lambda: not rig.client.busy, "the late loads")
 
