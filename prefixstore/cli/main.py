@@ -36,6 +36,7 @@ VERBS = {
     "ls": "List namespaces, chunks, or what of a prompt is stored.",
     "pin": "Keep chunks from eviction, by name.",
     "pins": "List what pins keep.",
+    "prefill": "Compute and store the chunks of many prompts.",
     "report": "Write a page about a root, for a browser.",
     "rm": "Remove chunks: by namespace, prompt, pin, key or age.",
     "serve": "Run vLLM's API server with a store.",

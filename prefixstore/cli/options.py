@@ -4,6 +4,7 @@ The environment is read here and nowhere below: the index's directory comes from
 ``HOME`` unless ``--index-dir`` names one.
 """
 
+import datetime as dt
 import os
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ __all__ = [
     "AGE",
     "INDEX_DIR",
     "JSON",
+    "MOMENT",
     "ROOT",
     "ROOT_OPTION",
     "SIZE",
@@ -52,6 +54,22 @@ class _Quantity(click.ParamType[float]):
             self.fail(str(error), param, ctx)
 
 
+class _Moment(click.ParamType[int]):
+    """A date, or a date with a time, in seconds since the epoch; UTC unless it says otherwise."""
+
+    name = "moment"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read ``2027-01-31`` or ``2027-01-31T18:00+01:00``."""
+        try:
+            moment = dt.datetime.fromisoformat(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is no date; write 2027-01-31 or 2027-01-31T18:00Z", param, ctx)
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=dt.UTC)
+        return int(moment.timestamp())
+
+
 class _AbsolutePath(click.ParamType[str]):
     """A path, made absolute against the current directory; links stay as they are."""
 
@@ -69,6 +87,7 @@ class _AbsolutePath(click.ParamType[str]):
 
 
 SIZE = _Quantity("size", parse_size)
+MOMENT = _Moment()
 AGE = _Quantity("age", parse_age)
 ROOT = click.argument("root", type=_AbsolutePath())
 ROOT_OPTION = click.option("--root", required=True, type=_AbsolutePath(), help="The root's path.")

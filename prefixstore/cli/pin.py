@@ -1,11 +1,10 @@
 """``prefixstore pin``: keep chunks from eviction, by name."""
 
-import datetime as dt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from prefixstore.cli.options import AGE, INDEX_DIR, JSON, ROOT, note, open_store
+from prefixstore.cli.options import AGE, INDEX_DIR, JSON, MOMENT, ROOT, note, open_store
 from prefixstore.cli.prompt_keys import prompt_options
 from prefixstore.cli.render import echo_json
 from prefixstore.cli.units import format_size
@@ -18,22 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-class _Moment(click.ParamType[int]):
-    """A date, or a date with a time, in seconds since the epoch; UTC unless it says otherwise."""
-
-    name = "moment"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Read ``2027-01-31`` or ``2027-01-31T18:00+01:00``."""
-        try:
-            moment = dt.datetime.fromisoformat(str(value))
-        except ValueError:
-            self.fail(f"{value!r} is no date; write 2027-01-31 or 2027-01-31T18:00Z", param, ctx)
-        if moment.tzinfo is None:
-            moment = moment.replace(tzinfo=dt.UTC)
-        return int(moment.timestamp())
-
-
 @click.command(
     "pin",
     context_settings={"ignore_unknown_options": True},
@@ -44,7 +27,7 @@ class _Moment(click.ParamType[int]):
 @click.option("--namespace", metavar="ID", help="Where the chunks are; alone: all chunks of it.")
 @click.option("--key", "keys", multiple=True, metavar="HEX", help="This chunk; repeatable.")
 @prompt_options("--prompts", help="Every chunk of these prompts, stored already or not.")
-@click.option("--until", type=_Moment(), metavar="DATE", help="End by itself then (2027-01-31).")
+@click.option("--until", type=MOMENT, metavar="DATE", help="End by itself then (2027-01-31).")
 @click.option("--for", "for_s", type=AGE, metavar="AGE", help="End by itself after so long (30d).")
 @INDEX_DIR
 @JSON

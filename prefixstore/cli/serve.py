@@ -13,7 +13,7 @@ import msgspec
 from prefixstore.cli.options import ROOT_OPTION
 from prefixstore.errors import InvalidError
 
-__all__ = ["command"]
+__all__ = ["command", "parse_option"]
 
 
 @click.command(
@@ -47,7 +47,7 @@ def command(
     vllm_arguments: tuple[str, ...],
 ) -> None:
     """Serve MODEL with vLLM on a root. What follows `--` goes to `vllm serve` as it is."""
-    chosen = {"root": root, "mode": mode, **dict(_parse(option) for option in options)}
+    chosen = {"root": root, "mode": mode, **dict(parse_option(option) for option in options)}
     document = msgspec.json.encode(chosen).decode()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -55,10 +55,10 @@ def command(
     os.execv(words[0], words)  # noqa: S606 - no shell is wanted
 
 
-def _parse(option: str) -> tuple[str, object]:
+def parse_option(option: str) -> tuple[str, object]:
     """Read one ``NAME=VALUE``.
 
-    >>> _parse("max_bytes=10"), _parse("codec=raw")
+    >>> parse_option("max_bytes=10"), parse_option("codec=raw")
     (('max_bytes', 10), ('codec', 'raw'))
     """
     name, separator, text = option.partition("=")

@@ -7,6 +7,8 @@
     writers/<writer>.json            who the writer is
     limits.json                      what all hosts keep to
     pins/<name>.json                 a named set of keys that eviction keeps
+    prefill/<claimant>.json          a process that computes prompts ahead of need
+    prefill/<id>/<key>.<n>.json      which of them computes from this chunk on
     quarantine/<reason>.<id>.<key>.kv    corrupt blobs, kept for inspection
     collector/, history/             small files of the writers about themselves
 
@@ -90,6 +92,7 @@ class Layout:
         "limits",
         "namespaces",
         "pins",
+        "prefill",
         "quarantine",
         "root",
         "store",
@@ -103,6 +106,7 @@ class Layout:
         self.namespaces = f"{root}/ns"
         self.writers = f"{root}/writers"
         self.pins = f"{root}/pins"
+        self.prefill = f"{root}/prefill"
         self.quarantine = f"{root}/quarantine"
         self.collector = f"{root}/collector"
         self.history = f"{root}/history"

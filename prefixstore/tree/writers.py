@@ -31,7 +31,7 @@ from prefixstore.tree.root import Root
 from prefixstore.tree.scan import names_in, scan_temporaries
 from prefixstore.tree.trouble import is_missing
 
-__all__ = ["WriterDocument", "Writers", "this_process"]
+__all__ = ["WriterDocument", "Writers", "is_alive", "this_process"]
 
 REFRESH_S = 3600.0
 """How often a live writer says so: one metadata write an hour."""
@@ -68,6 +68,14 @@ def this_process() -> WriterDocument:
         pid_namespace=_pid_namespace(),
         started=_start_of(os.getpid()) or "",
     )
+
+
+def is_alive(document: WriterDocument, *, here: WriterDocument) -> bool | None:
+    """Whether a process lives that described itself; None where that cannot be proved from here."""
+    mine = (here.host, here.boot_id, here.pid_namespace)
+    if not all(mine) or mine != (document.host, document.boot_id, document.pid_namespace):
+        return None
+    return _is_running(document.pid, document.started)
 
 
 class Writers:

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+    from prefixstore.keys import Fields
+
 __all__ = ["PrefixStoreConnector"]
 
 logger = logging.getLogger("prefixstore")
@@ -65,6 +67,9 @@ class PrefixStoreConnector(OffloadingConnector):
 
     With ``mode=direct`` an object of another class is made in its place: vLLM knows this one's name
     only, and asks nothing of its class that the other does not answer.
+
+    Attributes:
+        namespace_fields: The namespace, once the workers have told of theirs; in the scheduler's process.
     """
 
     def __new__(
@@ -94,6 +99,7 @@ class PrefixStoreConnector(OffloadingConnector):
         self._engine_config = vllm_config
         self._cache_config = kv_cache_config
         self._account: WorkerAccount | None = None
+        self.namespace_fields: Fields | None = None
         self._tier = _find_tier(self) if role is KVConnectorRole.SCHEDULER else None
 
     def count_failure(self, callback: str) -> None:
@@ -156,6 +162,7 @@ class PrefixStoreConnector(OffloadingConnector):
                 ),
                 **join_accounts(accounts),
             }
+            self.namespace_fields = fields
             layouts = [account.layout for account in accounts]
             assert self._tier is not None, "called in the scheduler's process"
             self._tier.bind(
@@ -168,6 +175,18 @@ class PrefixStoreConnector(OffloadingConnector):
         except Exception:
             logger.exception("cannot work out the namespace")
             self._turn_off("the namespace could not be worked out; the log has the traceback")
+
+    @property
+    def store_state(self) -> tuple[str, str]:
+        """The store's state as the metrics name it, and why it is not on; in the scheduler's process."""
+        assert self._tier is not None, "only the scheduler's process has a tier"
+        return self._tier.state
+
+    @property
+    def slots(self) -> int:
+        """How many chunks the CPU tier has room for; in the scheduler's process."""
+        assert self._tier is not None, "only the scheduler's process has a tier"
+        return self._tier.slots
 
     def _turn_off(self, reason: str) -> None:
         if self._tier is not None:

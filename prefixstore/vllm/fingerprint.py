@@ -21,8 +21,9 @@ from prefixstore.vllm.weights import WeightDigests, identify_weights
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_offload.config import OffloadingConfig
 
-__all__ = ["SCHEME", "scheduler_fields"]
+__all__ = ["SCHEME", "bare_fields", "scheduler_fields"]
 
 SCHEME = 1
 """Version of this very recipe: it changes when a field is added or its meaning changes, so that
@@ -104,6 +105,32 @@ def scheduler_fields(
             "cp_interleave": parallel.cp_kv_cache_interleave_size,
             "world": parallel.world_size,
         },
+    }
+
+
+def bare_fields(explicit: str | None, config: "OffloadingConfig") -> Fields:
+    """Return the fields of a tier that sees no model: what its user named, and the shape of its slots."""
+    return {
+        "explicit": explicit,
+        "kv_dtype": config.model.dtype,
+        "tokens_per_hash": config.cache.tokens_per_hash,
+        "blocks_per_chunk": config.cache.blocks_per_chunk,
+        "bytes_per_block": config.worker_kv_bytes_per_block,
+        "world_size": config.parallel.world_size,
+        "tp_size": config.parallel.tp_size,
+        "pp_size": config.parallel.pp_size,
+        "pcp_size": config.parallel.pcp_size,
+        "dcp_size": config.parallel.dcp_size,
+        "kv_cache_layout": config.kv_cache_layout,
+        "canonical_layout": config.canonical_layout,
+        "groups": [
+            {
+                "id": group.group_id,
+                "tokens_per_block": group.tokens_per_block,
+                "layers": list(group.layer_names),
+            }
+            for group in config.groups
+        ],
     }
 
 

@@ -53,6 +53,7 @@ from prefixstore.keys import Fields, Key, kv_group
 from prefixstore.vllm import metrics
 from prefixstore.vllm.compat import request_keys
 from prefixstore.vllm.events import CHANGES_MAX, events_of
+from prefixstore.vllm.fingerprint import bare_fields
 from prefixstore.vllm.guard import guarded
 from prefixstore.vllm.layout import Span, gather, scatter
 from prefixstore.vllm.lookups import Answer, Budget, Chains, Question, RequestLookup
@@ -176,6 +177,20 @@ class PrefixStoreTier(SecondaryTierManager):
             self._bind_bare(offloading_spec)
 
     # Called by the front door.
+
+    @property
+    def state(self) -> tuple[str, str]:
+        """The store's state as the metrics name it, and why it is not on."""
+        if self._off_reason is not None:
+            return "off", self._off_reason
+        if self._binding is None:
+            return "opening", ""
+        return self._binding.client.state, self._binding.client.reason
+
+    @property
+    def slots(self) -> int:
+        """How many chunks the CPU tier has room for."""
+        return self._budget.slots
 
     def bind(
         self, fields: Fields, *, spans: Mapping[int, Sequence[Span]], element_bytes: int
@@ -366,28 +381,7 @@ class PrefixStoreTier(SecondaryTierManager):
     def _bind_bare(self, spec: "OffloadingSpec") -> None:
         """Bind without the front door: the whole slot is the payload, the user names the namespace."""
         config = spec.config
-        fields = {
-            "explicit": self._options.namespace,
-            "kv_dtype": config.model.dtype,
-            "tokens_per_hash": config.cache.tokens_per_hash,
-            "blocks_per_chunk": config.cache.blocks_per_chunk,
-            "bytes_per_block": config.worker_kv_bytes_per_block,
-            "world_size": config.parallel.world_size,
-            "tp_size": config.parallel.tp_size,
-            "pp_size": config.parallel.pp_size,
-            "pcp_size": config.parallel.pcp_size,
-            "dcp_size": config.parallel.dcp_size,
-            "kv_cache_layout": config.kv_cache_layout,
-            "canonical_layout": config.canonical_layout,
-            "groups": [
-                {
-                    "id": group.group_id,
-                    "tokens_per_block": group.tokens_per_block,
-                    "layers": list(group.layer_names),
-                }
-                for group in config.groups
-            ],
-        }
+        fields = bare_fields(self._options.namespace, config)
         owned = [Span(0, self._slot_bytes)]
         self.bind(fields, spans={group.group_id: owned for group in config.groups}, element_bytes=2)
 
