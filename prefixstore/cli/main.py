@@ -37,6 +37,7 @@ VERBS = {
     "pin": "Keep chunks from eviction, by name.",
     "pins": "List what pins keep.",
     "prefill": "Compute and store the chunks of many prompts.",
+    "ns": "Explain why engines share chunks or do not.",
     "report": "Write a page about a root, for a browser.",
     "rm": "Remove chunks: by namespace, prompt, pin, key or age.",
     "serve": "Run vLLM's API server with a store.",

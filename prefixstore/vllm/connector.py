@@ -154,17 +154,14 @@ class PrefixStoreConnector(OffloadingConnector):
 
     def _bind(self, accounts: list[WorkerAccount]) -> None:
         try:
+            assert self._tier is not None, "called in the scheduler's process"
+            digests = WeightDigests(_digest_memory(), full=_reads_in_full(self._engine_config))
             fields = {
-                **scheduler_fields(
-                    self._engine_config,
-                    self._cache_config,
-                    digests=WeightDigests(_digest_memory()),
-                ),
+                **scheduler_fields(self._engine_config, self._cache_config, digests=digests),
                 **join_accounts(accounts),
             }
             self.namespace_fields = fields
             layouts = [account.layout for account in accounts]
-            assert self._tier is not None, "called in the scheduler's process"
             self._tier.bind(
                 fields,
                 spans=join_workers(layouts[:1] if self._tier.replicated_layout else layouts),
@@ -286,6 +283,14 @@ def _shares_prefixes(config: "VllmConfig") -> bool:
     assert transfer is not None, "vLLM builds a connector from it"
     (tier,) = transfer.kv_connector_extra_config["secondary_tiers"]
     return bool(tier.get("shared_prefixes", True))
+
+
+def _reads_in_full(config: "VllmConfig") -> bool:
+    """Whether weights are to be read at every start; after the options were expanded."""
+    transfer = config.kv_transfer_config
+    assert transfer is not None, "vLLM builds a connector from it"
+    (tier,) = transfer.kv_connector_extra_config["secondary_tiers"]
+    return bool(tier.get("weights") == "full")
 
 
 def _digest_memory() -> Path | None:

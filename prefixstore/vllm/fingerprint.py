@@ -4,19 +4,30 @@ Fields come from the real ``VllmConfig`` and ``KVCacheConfig``, and from the wor
 there (attention backend, runner, byte layout). What cannot be established raises ``InvalidError`` with
 the option that would settle it: such an engine runs without the store. A field too many costs a miss;
 a field too few would cost a wrong answer, so unknown parts of the model's config are included whole.
+
+What is left out, and why it may be, is named here: ``HARMLESS_*``, and whatever ``scheduler_fields`` does
+not read (batch sizes, memory, ports, compilation: they choose how KV is computed, not which).
 """
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import resolve_none_hash_seed
+from vllm.version import __version_tuple__
 
 from prefixstore.errors import InvalidError
 from prefixstore.keys import Fields
-from prefixstore.vllm.weights import WeightDigests, identify_weights
+from prefixstore.vllm.model_code import ModelCode, find_code
+from prefixstore.vllm.weights import (
+    COMMIT,
+    WeightDigests,
+    WeightSource,
+    identify_weights,
+    process_start_s,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -25,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEME", "bare_fields", "scheduler_fields"]
 
-SCHEME = 1
+SCHEME = 2
 """Version of this very recipe: it changes when a field is added or its meaning changes, so that
 namespaces made by different recipes never meet."""
 
@@ -38,6 +49,7 @@ HARMLESS_CONFIG_FIELDS = frozenset(
         "eos_token_id",
         "id2label",
         "label2id",
+        "max_model_len",  # some models copy the engine's limit here; it is a field of its own
         "pad_token_id",
         "torch_dtype",
         "transformers_version",
@@ -46,57 +58,158 @@ HARMLESS_CONFIG_FIELDS = frozenset(
 )
 """Fields of a Hugging Face config that cannot change KV: names, token ids used after sampling."""
 
+HARMLESS_MULTIMODAL_FIELDS = frozenset(
+    {
+        "limit_per_prompt",
+        "mm_ipc_gpu_memory_gb",
+        "mm_processor_cache_gb",
+        "mm_processor_cache_type",
+        "mm_shm_cache_max_object_size_mb",
+        "mm_tensor_ipc",
+        "skip_mm_profiling",
+    }
+)
+"""Limits and memory of the multimodal front end."""
+
+ROPE_TYPES_WITHOUT_LENGTH = frozenset(
+    {
+        "bailing_mrope",
+        "deepseek_llama_scaling",
+        "deepseek_yarn",
+        "default",
+        "linear",
+        "llama3",
+        "mllama4",
+        "mrope",
+        "ntk",
+        "proportional",
+        "yarn",
+    }
+)
+"""Kinds of RoPE whose angles follow from the model's config alone, however long the engine's context.
+``longrope`` takes one of two sets of factors by it (vllm/.../phi3_long_rope_scaled_rope.py), the dynamic
+kinds scale by it; a kind that is not here is believed to."""
+
+LOAD_FORMATS = frozenset(
+    {
+        "auto",
+        "bitsandbytes",
+        "fastsafetensors",
+        "gguf",
+        "hf",
+        "instanttensor",
+        "mistral",
+        "npcache",
+        "pt",
+        "runai_streamer",
+        "safetensors",
+        "sharded_state",
+    }
+)
+"""Ways of loading that read the files of the model's own directory, and no others."""
+
 
 def scheduler_fields(
-    config: "VllmConfig", caches: "KVCacheConfig", *, digests: WeightDigests
+    config: "VllmConfig",
+    caches: "KVCacheConfig",
+    *,
+    digests: WeightDigests,
+    loaded_since_s: float | None = None,
 ) -> Fields:
     """Return the fields that the scheduler's process knows.
+
+    Args:
+        config: The engine's config.
+        caches: Its KV cache groups.
+        digests: Digests of weight files.
+        loaded_since_s: The earliest moment at which the weights may have been read, in seconds since
+            the epoch; by default when this process began.
 
     Raises:
         InvalidError: Something that decides KV cannot be established.
     """
-    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
-    if getattr(cache, "calculate_kv_scales", False):
-        raise InvalidError(
-            "KV scales are computed from the first requests (calculate_kv_scales), so equal tokens "
-            "do not give equal KV: use a checkpoint with KV scales, or another kv_cache_dtype"
-        )
-    if config.speculative_config is not None:
-        raise InvalidError(
-            "speculative decoding changes which blocks are final and was never tried with "
-            "prefixstore: run without it, or without prefixstore"
-        )
+    _refuse_unknowable(config)
     return {
         "scheme": SCHEME,
-        "weights": identify_weights(model.model, model.revision, digests=digests),
+        # What the kernels put where inside a page is theirs to change with any minor version.
+        "engine": "vllm " + ".".join(str(part) for part in __version_tuple__[:2]),
         "loading": _loading(config.load_config),
+        "hash": _hash_scheme(config.cache_config.prefix_caching_hash_algo),
+        **_model_fields(config),
+        **_cache_fields(config, caches),
+        # Last, since it may read all of the weights.
+        "weights": identify_weights(
+            _weight_source(config, loaded_since_s=loaded_since_s or process_start_s()),
+            digests=digests,
+        ),
+    }
+
+
+def _model_fields(config: "VllmConfig") -> Mapping[str, object]:
+    """Return what decides the KV that the model computes, but for its weights."""
+    model = config.model_config
+    code = find_code(model.architecture)
+    return {
         "architecture": model.architecture,
         "code": {
-            name: _plain(getattr(model, name, None))
-            for name in ("code_revision", "convert_type", "model_class_overrides", "runner_type")
+            "class": code.name,
+            **_named(
+                model,
+                "code_revision",
+                "convert_type",
+                "disable_sliding_window",
+                "model_class_overrides",
+                "model_impl",
+                "runner_type",
+                "trust_remote_code",
+            ),
         },
         "quantization": _plain(model.quantization),
         "quantization_config": _plain(getattr(model, "quantization_config", None)),
         "model_config": _model_config(model.hf_config),
-        # Not only a limit: it chooses between RoPE's short and long factors (Phi-3), and turns on
-        # attention temperature (Llama 4).
-        "max_model_len": model.max_model_len,
+        "text_config": _text_config(model),
+        "max_model_len": model.max_model_len if _needs_length(model, code) else None,
+        "generation_config": _generation_config(model) if code.reads_generation else None,
         # How a picture becomes tokens; a block hash knows the picture.
-        "multimodal": _plain(getattr(model, "multimodal_config", None)),
+        "multimodal": _multimodal(getattr(model, "multimodal_config", None)),
         "dtype": _plain(model.dtype),
+        # What is asked for; the backend that came of it is in the workers' account.
+        "attention": _plain(getattr(config, "attention_config", None)),
+        "kernels": _named(
+            getattr(config, "kernel_config", None),
+            "linear_backend",
+            "linear_backend_per_quant",
+            "moe_backend",
+        ),
+    }
+
+
+def _cache_fields(config: "VllmConfig", caches: "KVCacheConfig") -> Mapping[str, object]:
+    """Return what decides the form in which KV is kept, and how it is cut."""
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    return {
         "kv_cache_dtype": _plain(model.dtype if cache.cache_dtype == "auto" else cache.cache_dtype),
         "kv_cache_layout": _plain(caches.kv_cache_layout or cache.kv_cache_layout),
+        "kv_cache": _named(
+            cache,
+            "enable_mamba_shared_prefix_checkpoint",
+            "kv_cache_dtype_skip_layers",
+            "kv_sharing_fast_prefill",
+            "sliding_window",
+            "swa_bounded_replay",
+            "use_kda_recoverssm",
+            "use_replayssm",
+        ),
         "groups": [_group(group) for group in caches.kv_cache_groups],
         "mamba": {
-            name: _plain(getattr(cache, name, None))
-            for name in ("mamba_cache_mode", "mamba_cache_dtype", "mamba_ssm_cache_dtype")
+            **_named(cache, "mamba_cache_mode", "mamba_cache_dtype", "mamba_ssm_cache_dtype"),
+            "kernels": _plain(getattr(config, "mamba_config", None)),
         },
         "chunks": {
             "tokens_per_hash": _plain(caches.hash_block_size),
             "blocks_per_chunk": _plain(_option(config, "blocks_per_chunk")),
             "block_size": _plain(_option(config, "block_size")),
         },
-        "hash": _hash_scheme(cache.prefix_caching_hash_algo),
         "topology": {
             "tensor": parallel.tensor_parallel_size,
             "pipeline": parallel.pipeline_parallel_size,
@@ -134,21 +247,118 @@ def bare_fields(explicit: str | None, config: "OffloadingConfig") -> Fields:
     }
 
 
+def _refuse_unknowable(config: "VllmConfig") -> None:
+    """Raise for settings with which equal fields do not mean equal KV."""
+    if getattr(config.cache_config, "calculate_kv_scales", False):
+        raise InvalidError(
+            "KV scales are computed from the first requests (calculate_kv_scales), so equal tokens "
+            "do not give equal KV: use a checkpoint with KV scales, or another kv_cache_dtype"
+        )
+    if config.speculative_config is not None:
+        raise InvalidError(
+            "speculative decoding changes which blocks are final and was never tried with "
+            "prefixstore: run without it, or without prefixstore"
+        )
+    if getattr(config, "weight_transfer_config", None) is not None:
+        raise InvalidError(
+            "weight_transfer_config lets a trainer replace the weights while the engine runs, and "
+            "nothing names the new ones: run without it, or without prefixstore"
+        )
+
+
+def _weight_source(config: "VllmConfig", *, loaded_since_s: float) -> WeightSource:
+    model = config.model_config
+    if (uri := getattr(model, "model_weights", "")) and uri != model.model:
+        raise InvalidError(
+            f"the weights come from {uri!r}, and no local file or commit names them: serve a local "
+            "directory, or a model of the hub with --revision COMMIT"
+        )
+    runs_code = bool(model.trust_remote_code)
+    auto_map = getattr(model.hf_config, "auto_map", None) or {}
+    borrowed = sorted({str(name) for name in auto_map.values() if "--" in str(name)})
+    if (
+        runs_code
+        and borrowed
+        and model.architecture.startswith("Transformers")
+        and not COMMIT.fullmatch(model.code_revision or "")
+    ):
+        raise InvalidError(
+            f"the model runs code of another repository ({borrowed[0]}), whose branch may move: "
+            "name a full commit with --code-revision"
+        )
+    return WeightSource(
+        model=model.model,
+        revision=model.revision,
+        config_commit=getattr(model.hf_config, "_commit_hash", None),
+        hub_cache=config.load_config.download_dir,
+        runs_code=runs_code,
+        loaded_since_s=loaded_since_s,
+    )
+
+
 def _loading(load: Any) -> Mapping[str, object]:
     """Name how the weights' files become weights.
 
     Raises:
-        InvalidError: They do not: the weights are drawn at random.
+        InvalidError: They do not, or other files do: the weights are drawn at random or come from
+            elsewhere.
     """
     if load.load_format == "dummy":
         raise InvalidError(
             "load_format=dummy draws weights at random, so no other engine has the same: load real "
             "weights, or run without prefixstore"
         )
+    if load.load_format not in LOAD_FORMATS:
+        raise InvalidError(
+            f"load_format={load.load_format} may read weights from outside the model's directory, "
+            "where nothing identifies them: use load_format=auto, or run without prefixstore"
+        )
     return {
         "format": _plain(load.load_format),
         "extra_config": _plain(load.model_loader_extra_config),
+        "ignore_patterns": _plain(load.ignore_patterns),
     }
+
+
+def _needs_length(model: Any, code: ModelCode) -> bool:
+    """Whether ``max_model_len`` decides KV and is not only a limit."""
+    kinds = {*_rope_types(_model_config(model.hf_config)), *_rope_types(_text_config(model) or {})}
+    return code.reads_length or not kinds <= ROPE_TYPES_WITHOUT_LENGTH
+
+
+def _rope_types(value: object) -> Iterator[str]:
+    """Yield every kind of RoPE that a config names, wherever it does."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            if name == "rope_type" or (name == "type" and "factor" in value):
+                yield str(item)
+            else:
+                yield from _rope_types(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _rope_types(item)
+
+
+def _generation_config(model: Any) -> object:
+    return _plain({**model.try_get_generation_config(), **model.override_generation_config})
+
+
+def _text_config(model: Any) -> Mapping[str, object] | None:
+    """Return the text part's config where it is an object of its own; None where it is the whole."""
+    text = getattr(model, "hf_text_config", model.hf_config)
+    return None if text is model.hf_config else _model_config(text)
+
+
+def _multimodal(config: Any) -> object:
+    plain = _plain(config)
+    if not isinstance(plain, dict):
+        return plain
+    return {name: item for name, item in plain.items() if name not in HARMLESS_MULTIMODAL_FIELDS}
+
+
+def _named(config: Any, *names: str) -> Mapping[str, object]:
+    """Return some fields of a config; None for those that this version of vLLM does not have."""
+    return {name: _plain(getattr(config, name, None)) for name in names}
 
 
 def _option(config: "VllmConfig", name: str) -> Any:

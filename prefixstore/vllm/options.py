@@ -75,6 +75,8 @@ class TierOptions(StoreConfig, frozen=True, kw_only=True, forbid_unknown_fields=
         load_policy: ``auto`` declines a match that would clearly take longer to load than to compute,
             by what both took so far; ``always`` loads every match. Only the front door can tell how
             fast prompts are computed.
+        weights: How local weights are identified: ``remembered`` digests where inode, size and times
+            are unchanged, or ``full``: every file read at every start.
     """
 
     root: str
@@ -91,6 +93,7 @@ class TierOptions(StoreConfig, frozen=True, kw_only=True, forbid_unknown_fields=
     locality: Literal["LOCAL", "REMOTE"] | None = None
     shared_prefixes: bool = True
     load_policy: Literal["auto", "always"] = "auto"
+    weights: Literal["remembered", "full"] = "remembered"
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, object]) -> Self:

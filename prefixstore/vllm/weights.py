@@ -1,13 +1,20 @@
 """Who the weights are: a resolved commit, or a digest of the very files.
 
 A name proves nothing: the files behind it are replaced, a branch moves on. A local directory is
-identified by the XXH3-128 of each file that can hold weights; digests are remembered by the file's
-inode, size and times, so that an unchanged model costs a few stats.
+identified by the XXH3-128 of each file that can hold weights (and of its code, where code from the
+directory runs); digests are remembered by the file's inode, size and times, so that an unchanged model
+costs a few stats.
+
+An engine can only be asked once its model is loaded. So files that changed after its process began may
+be others than it loaded, and are refused; the kernel's change time tells, which nobody can set.
 """
 
+import os
 import re
+import time
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -15,11 +22,17 @@ import xxhash
 
 from prefixstore.errors import InvalidError
 
-__all__ = ["WeightDigests", "identify_weights"]
+__all__ = ["WeightDigests", "WeightSource", "identify_weights", "process_start_s"]
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz"})
+CODE_SUFFIXES = frozenset({".py"})
 FILES_MAX = 10_000
 READ_BYTES = 8 * 2**20
+REMEMBERED_MAX = 10_000
+"""Digests kept in the memory's file, the newest: some 1 MB. A forgotten one is taken again."""
+SETTLED_S = 2.0
+"""A file this fresh may change once more within its times' granularity (2 s on the coarsest
+filesystem), so its digest is not remembered."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -27,13 +40,14 @@ class WeightDigests:
     """Digests of large files, remembered in one small JSON file. Not thread-safe.
 
     The memory is a hint keyed by what the kernel says of a file; a file rewritten in place with its
-    size, inode and both times unchanged is beyond it.
+    size, inode and both times unchanged is beyond it. ``full`` reads every file every time.
     """
 
-    def __init__(self, remembered: Path | None) -> None:
+    def __init__(self, remembered: Path | None, *, full: bool = False) -> None:
         self._path = remembered
+        self._full = full
         self._known: dict[str, str] = {}
-        if remembered is not None and remembered.exists():
+        if remembered is not None and not full:
             try:
                 self._known = msgspec.json.decode(remembered.read_bytes(), type=dict[str, str])
             except (msgspec.DecodeError, OSError):
@@ -43,85 +57,164 @@ class WeightDigests:
         """Return the hex XXH3-128 of a file's content.
 
         Raises:
+            InvalidError: The file changed while it was read.
             OSError: The file cannot be read.
         """
         stat = path.stat()
-        identity = (
-            f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
-        )
+        identity = _identity(stat)
         if (known := self._known.get(identity)) is not None:
             return known
         hasher = xxhash.xxh3_128()
         with path.open("rb", buffering=0) as file:
             while piece := file.read(READ_BYTES):
                 hasher.update(piece)
-        self._known[identity] = hasher.hexdigest()
-        self._remember()
+        if _identity(path.stat()) != identity:
+            raise InvalidError(
+                f"{path} changed while it was read to identify it: restart the engine once the "
+                "weights are in their place"
+            )
+        if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED_S:
+            self._known[identity] = hasher.hexdigest()
+            self._remember()
         return hasher.hexdigest()
 
     def _remember(self) -> None:
-        if self._path is None:
+        if self._path is None or self._full:
             return
+        newest = dict(list(self._known.items())[-REMEMBERED_MAX:])
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-            temporary.write_bytes(msgspec.json.encode(self._known))
+            temporary.write_bytes(msgspec.json.encode(newest))
             temporary.replace(self._path)
         except OSError:
             return  # The digest is right all the same; the next start reads the weights again.
 
 
-def identify_weights(
-    model: str, revision: str | None, *, digests: WeightDigests
-) -> Mapping[str, object]:
-    """Return what names the weights beyond doubt.
+def _identity(stat: os.stat_result) -> str:
+    return f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
 
-    Args:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSource:
+    """Where an engine took its weights from.
+
+    Attributes:
         model: A local directory or file, or the name of a model on a hub.
         revision: The revision asked for, if any.
-        digests: Digests of local files.
+        config_commit: The commit that the model's config came from, if it came from a hub.
+        hub_cache: The directory of the hub's cache; None for the usual one.
+        runs_code: Whether code from the model's directory runs (``trust_remote_code``).
+        loaded_since_s: The earliest moment at which the weights may have been read, in seconds since
+            the epoch.
+    """
+
+    model: str
+    revision: str | None = None
+    config_commit: str | None = None
+    hub_cache: str | None = None
+    runs_code: bool = False
+    loaded_since_s: float
+
+
+def identify_weights(source: WeightSource, *, digests: WeightDigests) -> Mapping[str, object]:
+    """Return what names the weights beyond doubt.
 
     Raises:
-        InvalidError: The weights are neither local nor of a known commit.
+        InvalidError: The weights are neither local nor of a known commit, or may have been replaced
+            while the engine started.
     """
-    path = Path(model)
+    path = Path(source.model)
     if not path.exists():
-        commit = _cached_commit(model, revision)
-        if commit is None:
-            raise InvalidError(
-                f"cannot tell which weights {model!r} are (revision {revision!r}): no snapshot of "
-                "it in the hub's cache. Serve a local directory, or a revision that is a commit"
-            )
-        return {"repository": model, "commit": commit}
+        return {"repository": source.model, "commit": _resolved_commit(source)}
     resolved = path.resolve()
     if COMMIT.fullmatch(resolved.name) and resolved.parent.name == "snapshots":
-        return {"repository": resolved.parent.parent.name, "commit": resolved.name}
-    files = [resolved] if resolved.is_file() else sorted(_weight_files(resolved))
-    if not files:
-        raise InvalidError(f"{resolved} holds no weights ({', '.join(sorted(WEIGHT_SUFFIXES))})")
+        return {"repository": _repository(resolved.parent.parent.name), "commit": resolved.name}
+    suffixes = WEIGHT_SUFFIXES | (CODE_SUFFIXES if source.runs_code else frozenset())
+    files = [resolved] if resolved.is_file() else sorted(_files(resolved, suffixes))
+    if not any(file.suffix in WEIGHT_SUFFIXES for file in files):
+        raise InvalidError(
+            f"{resolved} holds no weights ({', '.join(sorted(WEIGHT_SUFFIXES))}): serve a directory "
+            "that does, or a model of the hub with --revision COMMIT"
+        )
     try:
-        return {"files": {file.name: digests.digest(file) for file in files}}
+        found = {file.name: digests.digest(file) for file in files}
+        # Looked at last: what changes from here on is loaded by a later engine only.
+        for entry in (*_links(path), resolved, *files, *(file.resolve() for file in files)):
+            if entry.lstat().st_ctime > source.loaded_since_s:
+                raise InvalidError(
+                    f"{entry} changed after this engine's process began, so the weights that it "
+                    "loaded may be others than lie there now: restart the engine to use the store"
+                )
     except OSError as error:
         raise InvalidError(f"cannot read the weights to identify them: {error}") from error
+    return {"files": found}
 
 
-def _weight_files(directory: Path) -> Iterator[Path]:
+def process_start_s() -> float:
+    """Return when this process began, in seconds since the epoch."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    since_boot_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # proc(5): the 22nd field
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot_s)
+
+
+def _files(directory: Path, suffixes: frozenset[str]) -> Iterator[Path]:
     """Yield the files that vLLM's loaders may read, bounded."""
     for count, path in enumerate(directory.iterdir()):
         if count >= FILES_MAX:
             raise InvalidError(f"{directory} holds over {FILES_MAX} files: not a model's directory")
-        if path.suffix in WEIGHT_SUFFIXES and path.is_file():
+        if path.suffix in suffixes and path.is_file():
             yield path
 
 
-def _cached_commit(model: str, revision: str | None) -> str | None:
-    """Return the commit of the snapshot that the hub's cache would serve, without the network."""
-    if revision is not None and COMMIT.fullmatch(revision):
-        return revision
-    from huggingface_hub import try_to_load_from_cache
+def _links(path: Path) -> list[Path]:
+    """Return the symbolic links along a path: one that is turned elsewhere replaces all behind it."""
+    return [part for part in (path.absolute(), *path.absolute().parents) if part.is_symlink()]
 
-    found = try_to_load_from_cache(model, "config.json", revision=revision)
-    if not isinstance(found, str):
+
+def _repository(directory: str) -> str:
+    """Return the repository whose snapshots a directory of the hub's cache holds.
+
+    >>> _repository("models--org--name")
+    'org/name'
+    """
+    return directory.removeprefix("models--").replace("--", "/", 1)
+
+
+def _resolved_commit(source: WeightSource) -> str:
+    """Return the commit whose weights a hub's cache served.
+
+    A branch may move between the reading of the config and that of the weights: both must agree.
+
+    Raises:
+        InvalidError: No commit is known, or two are.
+    """
+    if source.revision is not None and COMMIT.fullmatch(source.revision):
+        return source.revision
+    cached = _cached_commit(source)
+    if cached is None or (source.config_commit or cached) != cached:
+        raise InvalidError(
+            f"cannot tell which commit's weights {source.model!r} are (revision {source.revision!r}; "
+            f"config of {source.config_commit}, weights of {cached}): serve a local directory, or "
+            "--revision with a full commit"
+        )
+    if source.config_commit is None:
+        raise InvalidError(
+            f"the config of {source.model!r} names no commit, so its branch may have moved while it "
+            "was loaded: serve a local directory, or --revision with a full commit"
+        )
+    return cached
+
+
+def _cached_commit(source: WeightSource) -> str | None:
+    """Return the commit that the hub's cache has for a revision, without the network."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = repo_folder_name(repo_id=source.model, repo_type="model")
+    reference = Path(source.hub_cache or constants.HF_HUB_CACHE, folder, "refs")
+    try:
+        commit = (reference / (source.revision or "main")).read_text().strip()
+    except (OSError, ValueError):
         return None
-    commit = Path(found).parent.name
     return commit if COMMIT.fullmatch(commit) else None

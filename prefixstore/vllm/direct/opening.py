@@ -80,8 +80,9 @@ def open_worker(
     )
 
     def bind() -> None:
+        digests = WeightDigests(_digest_memory(), full=options.weights == "full")
         fields = {
-            **scheduler_fields(config, caches, digests=WeightDigests(_digest_memory())),
+            **scheduler_fields(config, caches, digests=digests),
             **join_accounts([account]),
             "layout": layout_field(pages, rank=rank, ranks=ranks),
         }
