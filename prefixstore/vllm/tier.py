@@ -282,8 +282,9 @@ class PrefixStoreTier(SecondaryTierManager):
     @override
     @guarded(lambda: None)
     def serve_external_requests(self, parent: ParentManager) -> None:
-        binding = self._serving()
-        if binding is None or binding.client.state != "on" or not binding.client.ready:
+        if not self._reoffers or (binding := self._serving()) is None:
+            return
+        if binding.client.state != "on" or not binding.client.ready:
             return
         asked = self._reoffers.due(self._clock.monotonic_s(), slots=self._budget.slots)
         if not asked:
