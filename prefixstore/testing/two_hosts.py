@@ -173,16 +173,17 @@ class TwoHostMachine(StoreMachine):
     @rule(number=store_numbers, age_s=st.integers(20, 200))
     def evict_old(self, number: int, age_s: int) -> None:
         """Evict what nobody used for some time; what either host has used since stays."""
-        # Times on disk are told at most once in the interval, and may be seen as late as the caches say.
+        # Use is told to the disk at most once in the interval, and may be seen as late as caches say.
         late_s = age_s - INTERVAL_S - SLACK_S
-        late_s -= 0 if self.is_settled(number) else int(CACHE_S)
+        unseen_s = 0 if self.is_settled(number) else CACHE_S
         seen = {key for key in self.published if self.sees(number, key)}
         must_stay = self.held(number, seen)
         self.note_changed(number)
         self.stores[number].evict(max_age_s=age_s)
         gone = self.published - self.in_tree()
         self.published -= gone
-        young = {key for key in gone if self.server.now_s() - self.used_at_s[key] < late_s}
+        idle_s = {key: self.server.now_s() - self.used_at_s[key] for key in gone}
+        young = {key for key in gone if unseen_s <= idle_s[key] < late_s}
         assert young == set(), f"used within {late_s} s, and gone"
         assert not gone & must_stay
 
