@@ -392,13 +392,15 @@ def test_a_disk_that_is_full_to_the_last_byte_can_be_evicted_from(open_store: Op
     assert store.evict(0).evicted_chunks == 3
 
 
-def test_a_full_disk_evicts_when_there_is_a_limit(open_store: OpenStore) -> None:
-    """ENOSPC below the quota: others fill the disk; give some room back and go on."""
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_evicts_when_there_is_a_limit(open_store: OpenStore, error: int) -> None:
+    """Full below the quota: others fill the disk, or its own quota is lower; give room back and go on."""
     disk, clock, keys = FaultyOs(RealOs()), ManualClock(), chain("a", 20)
     store = open_store(os_calls=disk, clock=clock, config={"max_bytes": 10**9})
     store_chain(store, keys)
-    disk.plan = When(fault=Fail(errno.ENOSPC), name="write_from", forever=True)
+    disk.plan = When(fault=Fail(error), name="write_from", forever=True)
     assert store_chain(store, chain("b", 1))[0].reason == SkipReason.FULL
+    assert payload_of(keys[0]) == load(store, keys[0])
     disk.plan = ()
     store.work()
 
