@@ -281,4 +281,4 @@ def _report(
 
 
 if __name__ == "__main__":
-    sys.exit(run_module("prefill", main))
+    sys.exit(run_module("prefill", main, log_level="WARNING"))

@@ -115,7 +115,7 @@ def require_vllm() -> None:
         )
 
 
-def run_module(verb: str, work: Callable[[], int]) -> int:
+def run_module(verb: str, work: Callable[[], int], *, log_level: str) -> int:
     """Run a child's work with its errors as one message and an exit code.
 
     What vLLM and its libraries print goes to stderr: stdout is for the one document.
@@ -124,7 +124,7 @@ def run_module(verb: str, work: Callable[[], int]) -> int:
     os.dup2(2, 1)
     sys.stdout = os.fdopen(document_fd, "w", encoding="utf-8")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", log_level)
     try:
         require_vllm()
         code = work()
@@ -171,4 +171,4 @@ def _keyings(
 
 
 if __name__ == "__main__":
-    sys.exit(run_module("prompts", main))
+    sys.exit(run_module("prompts", main, log_level="ERROR"))
