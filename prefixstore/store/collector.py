@@ -189,7 +189,10 @@ class Collector:
                 self._with_lease(lambda ended: self._evict_until(ended, urgent=urgent))
             elif what == "rebuild":
                 self._breath_s = self._clock.monotonic_s()
-                self._evictor.reconcile(stop=self._breathe)
+                report = self._evictor.reconcile(stop=self._breathe, resume=True)
+                if report.finished and report.resumed and parts.limits.known().bounded:
+                    # The index is complete; what the root holds takes a scan of the whole.
+                    self.want_rebuild()
             else:
                 self._reap()
         except ClosedError:

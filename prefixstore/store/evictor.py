@@ -63,13 +63,18 @@ class Evictor:
         self._gone = parts.gone
         self._remover = Remover(parts, namespace=namespace)
 
-    def reconcile(self, *, stop: Callable[[], bool] = lambda: False) -> ReconcileReport:
-        """Bring the index in line with the tree; ends early when ``stop`` says so."""
+    def reconcile(
+        self, *, stop: Callable[[], bool] = lambda: False, resume: bool = False
+    ) -> ReconcileReport:
+        """Bring the index in line with the tree; ends early when ``stop`` says so.
+
+        ``resume`` lets the first scan of an index go on where an earlier process left it.
+        """
         if self._keeper is not None:
             self._keeper.flush()
         mark = self._usage.begin_scan()
-        report = reconcile(self._tree, self._hints, stop=stop, gone=self._gone)
-        if report.finished:
+        report = reconcile(self._tree, self._hints, stop=stop, gone=self._gone, resume=resume)
+        if report.finished and not report.resumed:
             self._usage.end_scan(mark, report.by_namespace)
         return report
 

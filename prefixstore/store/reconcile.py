@@ -32,6 +32,11 @@ __all__ = ["COMPLETE_MARK", "ReconcileReport", "reconcile", "record_of"]
 
 COMPLETE_MARK = "complete"
 """Set in an index that has met every blob of the root once; without it, the index is being built."""
+CURSOR_MARK = "scan_cursor"
+"""Set in an index during its first scan: the last directory that was done, ``namespace/aa/bb``."""
+CURSOR_DIRECTORIES = 64
+"""Directories between two notes of the cursor: what a scan that was cut short has to do again at most, some
+milliseconds, for a transaction each."""
 ERRORS_KEPT = 8
 TORN_KEPT = 2**16
 """A power cut can tear every file of its last minutes; the next scan meets the rest."""
@@ -51,6 +56,7 @@ class ReconcileReport:
         removed: Rows whose blob is gone.
         torn: Files in the place of a blob whose length or header is not a blob's.
         finished: Every directory was read to its end.
+        resumed: An earlier scan had read the first of them: what it met is not in these figures.
         errors: Sentences on what could not be read; the first few.
     """
 
@@ -61,6 +67,7 @@ class ReconcileReport:
     removed: int = 0
     torn: list[ScanEntry] = field(default_factory=list)
     finished: bool = True
+    resumed: bool = False
     errors: list[str] = field(default_factory=list)
 
     def tore(self, entry: ScanEntry) -> None:
@@ -73,6 +80,10 @@ class ReconcileReport:
         self.finished = False
         if len(self.errors) < ERRORS_KEPT:
             self.errors.append(str(error))
+
+
+_START = ("", "")
+"""Stands before every directory."""
 
 
 def record_of(header: BlobHeader, *, used_s: int, touched_s: int) -> Record:
@@ -94,6 +105,7 @@ def reconcile(
     *,
     gone: Callable[[NamespaceId, Sequence[Key]], None],
     stop: Callable[[], bool] = lambda: False,
+    resume: bool = False,
 ) -> ReconcileReport:
     """Compare all namespaces with the index and correct the index.
 
@@ -102,6 +114,8 @@ def reconcile(
         hints: The index.
         gone: Told of chunks whose row was removed.
         stop: Asked before each directory; True ends the scan early and leaves the rest as it was.
+        resume: Go on where the first scan of this index was cut short, if it was. False starts anew: who
+            evicts must know all children that other hosts have stored meanwhile.
 
     Returns:
         What was met. Never raises for what a filesystem does: the report says what is missing.
@@ -113,11 +127,28 @@ def reconcile(
     except PrefixStoreError as error:
         report.failed(error)
         return report
+    done_namespace, after = _cursor(hints) if resume else ("", _START)
+    report.resumed = done_namespace != ""
     for namespace in sorted(namespaces):
-        _Merge(tree, hints, namespace, report, gone=gone, stop=stop).run()
+        if namespace >= done_namespace:
+            merge = _Merge(tree, hints, namespace, report, gone=gone, stop=stop)
+            merge.run(after=after if namespace == done_namespace else _START)
     if report.finished:
         hints.set_mark(COMPLETE_MARK, "1")
+        hints.set_mark(CURSOR_MARK, None)
     return report
+
+
+def _cursor(hints: Hints) -> tuple[str, tuple[str, str]]:
+    """Return the namespace and the directory at which the first scan of an index was cut short.
+
+    An index that is complete is always scanned from the start: what changed meanwhile is what is asked.
+    """
+    mark = hints.mark(CURSOR_MARK)
+    if mark is None or hints.mark(COMPLETE_MARK) is not None:
+        return "", _START
+    namespace, outer, inner = mark.split("/")
+    return namespace, (outer, inner)
 
 
 class _Merge:
@@ -142,11 +173,16 @@ class _Merge:
         self._rows: Iterator[Row] = hints.scan(namespace)
         self._head = next(self._rows, None)
         self._new: list[Entry] = []
+        # What was not read in full must not be passed over by the scan that goes on from here.
+        self._notes_cursor = report.finished and hints.mark(COMPLETE_MARK) is None
 
-    def run(self) -> None:
-        """Merge directory by directory."""
+    def run(self, *, after: tuple[str, str]) -> None:
+        """Merge directory by directory, from the one that follows ``after``."""
+        for _ in self._rows_through("".join(after)):
+            pass  # An earlier scan has compared them.
         try:
-            for (outer, inner), entries in self._tree.scan(self._namespace):
+            directories = self._tree.scan(self._namespace, after=after)
+            for number, ((outer, inner), entries) in enumerate(directories, 1):
                 if self._stop():
                     self._report.finished = False
                     break
@@ -154,11 +190,21 @@ class _Merge:
                 # Rows before this directory belong to directories that are not there.
                 self._vanished([row.key for row in self._rows_until(fan)])
                 self._leaf(entries, {row.key: row.record for row in self._rows_of(fan)})
+                if self._notes_cursor and number % CURSOR_DIRECTORIES == 0:
+                    self._put(at_least=1)
+                    self._hints.set_mark(CURSOR_MARK, f"{self._namespace}/{outer}/{inner}")
             else:
                 self._vanished([row.key for row in self._rows_until(b"\xff" * 3)])
         except PrefixStoreError as error:
             self._report.failed(error)
         self._put(at_least=1)
+
+    def _rows_through(self, digits: str) -> Iterator[Row]:
+        """Yield the rows of all directories up to one, that one included."""
+        fan = bytes.fromhex(digits)
+        while fan and self._head is not None and self._head.key[: len(fan)] <= fan:
+            yield self._head
+            self._head = next(self._rows, None)
 
     def _rows_until(self, fan: bytes) -> Iterator[Row]:
         while self._head is not None and self._head.key[: len(fan)] < fan:

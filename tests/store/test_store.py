@@ -228,6 +228,32 @@ def test_a_fresh_index_is_rebuilt_in_the_background(open_store: OpenStore) -> No
     assert "probes" not in store.counters()
 
 
+def test_a_first_scan_goes_on_where_it_was_cut_short(open_store: OpenStore) -> None:
+    """A host that restarts in the middle of it does not begin anew, and misses nothing in the end."""
+    keys = [Key(bytes([at]) + key[1:]) for at, key in enumerate(chain("a", 250))]
+    store_chain(open_store(index=None), keys)
+    calls = FaultyOs(RealOs())
+    for cut_after in (100, 150):
+        seen = iter(range(cut_after))
+        cut = open_store(os_calls=calls)
+        report = cut._evictor.reconcile(
+            stop=lambda seen=seen: next(seen, None) is None, resume=True
+        )
+        assert not report.finished
+        assert not cut.stats().complete
+        cut.close()
+    calls.reset()
+    store = open_store(os_calls=calls)
+    store.work()
+
+    read = {call.path for call in calls.calls if call.name == "stat" and call.path.endswith(".kv")}
+    # Cut after 100, noted at 64; from there cut after 150 more, noted at 64 + 128.
+    assert len(read) == 250 - (64 + 128)
+    assert (store.stats().chunks, store.stats().complete) == (250, True)
+    assert store.contains(keys) == [True] * 250
+    assert store.reconcile().blobs == 250, "a scan that is asked for begins at the start"
+
+
 def test_a_failing_index_is_replaced_and_nothing_is_raised(open_store: OpenStore) -> None:
     """The hint may break at any time; the store goes on without it."""
     keys = chain("a", 3)
