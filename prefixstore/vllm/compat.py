@@ -6,11 +6,14 @@ start-up and with a clear message, never while serving.
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm.v1.kv_offload.base import OffloadKey, ReqContext
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.v1.kv_offload.base import OffloadKey, ReqContext, ScheduleEndContext
+from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from vllm.version import __version__ as version
 
 from prefixstore.keys import Key
@@ -21,7 +24,10 @@ if TYPE_CHECKING:
     from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
 __all__ = [
+    "SEAMS",
     "check_version",
+    "missing_seams",
+    "register_name",
     "release_region",
     "request_keys",
     "set_retention",
@@ -31,6 +37,19 @@ __all__ = [
 logger = logging.getLogger("prefixstore")
 
 SUPPORTED = ("0.32", "0.33")
+SEAMS: tuple[tuple[type, str], ...] = (
+    (ReqContext, "_offload_key_positions"),
+    (ReqContext, "get_offload_key_position"),
+    (JobResult, "successful_keys"),
+    (TransferJob, "req_context"),
+    (TransferJob, "chunk_ids"),
+    (ScheduleEndContext, "new_req_ids"),
+    (SecondaryTierManager, "submit_load"),
+    (SecondaryTierManager, "submit_store"),
+    (SecondaryTierManager, "get_finished_jobs"),
+    (TieringOffloadingManager, "reset_cache"),
+)
+"""What is read of vLLM beyond its public interfaces, or was renamed before."""
 RETENTION = "prefix_cache_retention_interval"
 
 
@@ -42,6 +61,24 @@ def check_version() -> None:
             version,
             " and ".join(SUPPORTED),
         )
+
+
+def missing_seams(seams: Sequence[tuple[type, str]] = ()) -> list[str]:
+    """Name what prefixstore reads of vLLM's private parts and this vLLM does not have.
+
+    Asked once at start: an engine where something is missing serves with the store off.
+    """
+    return [
+        f"{owner.__name__}.{name}"
+        for owner, name in seams or SEAMS
+        if not hasattr(owner, name) and name not in getattr(owner, "__dataclass_fields__", {})
+    ]
+
+
+def register_name(name: str, module: str) -> None:
+    """Let vLLM find our connector by its name alone, as ``MultiConnector`` does for statistics."""
+    if name not in KVConnectorFactory._registry:  # noqa: SLF001 - registering twice raises
+        KVConnectorFactory.register_connector(name, module, name)
 
 
 def request_keys(context: ReqContext, *, start: int = 0) -> Iterator[tuple[Key, int]]:

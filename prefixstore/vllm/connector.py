@@ -31,7 +31,7 @@ from prefixstore.clock import SystemClock
 from prefixstore.errors import InvalidError, PrefixStoreError
 from prefixstore.index.place import default_index_dir
 from prefixstore.vllm.backends import WorkerAccount, describe_worker, join_accounts
-from prefixstore.vllm.compat import check_version
+from prefixstore.vllm.compat import check_version, missing_seams, register_name
 from prefixstore.vllm.direct.connector import DirectConnector
 from prefixstore.vllm.fingerprint import scheduler_fields
 from prefixstore.vllm.guard import guarded
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
@@ -101,6 +102,9 @@ class PrefixStoreConnector(OffloadingConnector):
         self._account: WorkerAccount | None = None
         self.namespace_fields: Fields | None = None
         self._tier = _find_tier(self) if role is KVConnectorRole.SCHEDULER else None
+        self._accounted: dict[str, int] = {}  # Request → tokens that it has from vLLM and from us.
+        if missing := missing_seams():
+            self._turn_off(f"this vLLM has no {', '.join(missing)}, which prefixstore reads")
 
     def count_failure(self, callback: str) -> None:
         """Count a callback that failed and was answered with its safe value."""
@@ -145,7 +149,11 @@ class PrefixStoreConnector(OffloadingConnector):
         )
         world = self._engine_config.parallel_config.world_size
         if len(accounts) != world:
-            self._turn_off(f"{len(accounts)} of {world} workers said what their KV looks like")
+            self._turn_off(
+                f"{len(accounts)} of {world} workers said what their KV looks like. Under "
+                "MultiConnector the first connector with a handshake of its own takes ours: such a "
+                "connector cannot be used beside prefixstore"
+            )
             return
         # Identifying weights reads them once if they are new here: not on the engine's way up.
         threading.Thread(
@@ -202,9 +210,19 @@ class PrefixStoreConnector(OffloadingConnector):
         self, request: "Request", num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         matched, is_async = super().get_num_new_matched_tokens(request, num_computed_tokens)
-        if self._boundaries is not None and matched is not None:
-            self._begin_boundaries(request, num_computed_tokens + matched)
+        if matched is not None:
+            self._accounted[request.request_id] = num_computed_tokens
+            if self._boundaries is not None:
+                self._begin_boundaries(request, num_computed_tokens + matched)
         return matched, is_async
+
+    @override
+    def update_state_after_alloc(
+        self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int
+    ) -> None:
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        if request.request_id in self._accounted:
+            self._accounted[request.request_id] += num_external_tokens
 
     @guarded(lambda: None)
     def _begin_boundaries(self, request: "Request", computed_tokens: int) -> None:
@@ -226,10 +244,27 @@ class PrefixStoreConnector(OffloadingConnector):
                 sum(tokens for tokens in scheduled.values() if tokens > 1),
                 now_s=CLOCK.monotonic_s(),
             )
+        for request in scheduler_output.scheduled_new_reqs:
+            self._check_origin(request.req_id, request.num_computed_tokens)
+        for request_id in scheduler_output.finished_req_ids:
+            self._accounted.pop(request_id, None)
         if self._boundaries is not None:
             self._boundaries.end_step(scheduled)
             for request_id in scheduler_output.finished_req_ids:
                 self._boundaries.forget(request_id)
+
+    def _check_origin(self, request_id: str, computed_tokens: int) -> None:
+        """Turn the store off when KV came from elsewhere, as from another connector beside this one.
+
+        Storing it would vouch for it, and what is computed after it depends on it.
+        """
+        accounted = self._accounted.pop(request_id, computed_tokens)
+        if computed_tokens - accounted >= self._engine_config.cache_config.block_size:
+            self._turn_off(
+                f"another connector loaded {computed_tokens - accounted} tokens of KV, and prefixstore "
+                "stores only what the engine computed or what it loaded itself. Run it without the other "
+                "connector, or beside one that only saves"
+            )
 
     @override
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
@@ -255,6 +290,7 @@ class PrefixStoreConnector(OffloadingConnector):
     def build_prom_metrics(
         cls, vllm_config: "VllmConfig", *args: Any, **kwargs: Any
     ) -> "KVConnectorPromMetrics":
+        register_name(cls.__name__, cls.__module__)
         if _is_direct(vllm_config):
             # The same names are observed, so the same are declared: those of a tier.
             vllm_config = copy.copy(vllm_config)

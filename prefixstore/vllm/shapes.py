@@ -82,7 +82,12 @@ def check_shape(config: "VllmConfig", caches: "KVCacheConfig") -> None:
         raise InvalidError(
             "prefixstore: context parallel (decode_context_parallel_size, "
             "prefill_context_parallel_size) spreads one block's tokens over workers and was never "
-            "tried with prefixstore; use tensor or pipeline parallel, or run without prefixstore"
+            "tried with prefixstore; use tensor parallel, or run without prefixstore"
+        )
+    if parallel.pipeline_parallel_size > 1:
+        raise InvalidError(
+            "prefixstore: pipeline parallel (pipeline_parallel_size) was never shown to work with "
+            "prefixstore; use tensor parallel, or run without prefixstore"
         )
     groups = caches.kv_cache_groups
     specs = [spec for group in groups for spec in _layer_specs(group.kv_cache_spec)]

@@ -109,6 +109,12 @@ class Driver:
         """Wait until the tier's store is in a state."""
         self._until(lambda: self.tier._binding.client.state == state, state)
 
+    def reset(self) -> None:
+        """Reset the cache as vLLM does; from 0.33 on promotions are held until workers are flushed."""
+        self.manager.reset_cache()
+        if hasattr(self.manager, "on_reset_flushed"):
+            self.manager.on_reset_flushed()
+
     def begin(self, name: str, keys: tuple[OffloadKey, ...]) -> ReqContext:
         """Let a request arrive."""
         context = ReqContext(req_id=name)

@@ -43,7 +43,7 @@ def test_chunks_refused_while_the_root_was_away_are_stored_when_it_is_back(drive
     # Nothing stays pinned: a prompt as long as the CPU tier still finds room in it.
     driver.serve("r4", prompt("c", 16))
     driver.settle()
-    driver.manager.reset_cache()
+    driver.reset()
     assert 16 == driver.serve("r5", prompt("c", 16))
 
 
@@ -125,7 +125,7 @@ def test_a_chunk_found_gone_is_announced_as_removed(drive, tmp_path):
     keys = prompt("a", 4)
     driver.serve("r1", keys)
     driver.settle()
-    driver.manager.reset_cache()
+    driver.reset()
     list(driver.manager.take_events())
     (gone,) = (tmp_path / "root").glob(f"ns/*/*/*/{bytes(keys[-1]).hex()}.kv")
     gone.unlink()

@@ -241,7 +241,7 @@ def test_a_tier_that_was_turned_off_misses_and_ends_its_jobs(drive):
     driver.serve("r1", keys)
     driver.settle()
     driver.tier.turn_off("for a test")
-    driver.manager.reset_cache()
+    driver.reset()
 
     assert 0 == driver.serve("r2", keys)
     driver.settle()
@@ -254,7 +254,7 @@ def test_a_reset_drains_and_the_store_is_kept(drive):
     keys = prompt("a", 4)
     driver.serve("r1", keys)
 
-    driver.manager.reset_cache()
+    driver.reset()
 
     assert 4 == driver.serve("r2", keys)
 

@@ -1,0 +1,132 @@
+"""What cannot be served right is refused before it serves, from real configs and without an engine."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import (
+    CrossAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
+
+from prefixstore.errors import InvalidError
+from prefixstore.vllm.shapes import (
+    Boundaries,
+    GroupShape,
+    check_shape,
+    choose_interval,
+    describe_groups,
+    stored_bytes,
+)
+
+FULL = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+WINDOW = SlidingWindowSpec(
+    block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16, sliding_window=1024
+)
+
+
+def caches(*specs: Any) -> KVCacheConfig:
+    """Give groups of two layers each."""
+    return KVCacheConfig(
+        num_blocks=10,
+        kv_cache_tensors=[],
+        kv_cache_groups=[
+            KVCacheGroupSpec([f"{i}a", f"{i}b"], spec) for i, spec in enumerate(specs)
+        ],
+    )
+
+
+def config(**changed: Any) -> Any:
+    """Give the parts of a config that a shape is judged by."""
+    values = {
+        "is_encoder_decoder": False,
+        "use_mla": False,
+        "enable_prefix_caching": True,
+        "decode_context_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        **changed,
+    }
+    part = SimpleNamespace(**values)
+    return SimpleNamespace(model_config=part, parallel_config=part, cache_config=part)
+
+
+@pytest.mark.parametrize(
+    ("changed", "specs", "sentence"),
+    [
+        ({"is_encoder_decoder": True}, (FULL,), "encoder-decoder"),
+        ({"decode_context_parallel_size": 2}, (FULL,), "context parallel"),
+        ({"prefill_context_parallel_size": 2}, (FULL,), "context parallel"),
+        ({"pipeline_parallel_size": 2}, (FULL,), "pipeline parallel"),
+        ({"use_mla": True, "enable_prefix_caching": False}, (FULL,), "latent attention"),
+        ({"enable_prefix_caching": False}, (FULL, WINDOW), "several KV groups"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(
+    changed: dict[str, Any], specs: tuple[Any, ...], sentence: str
+) -> None:
+    """Each refusal says what the matter is and what to do."""
+    check_shape(config(), caches(*specs))
+    with pytest.raises(InvalidError, match=sentence):
+        check_shape(config(**changed), caches(*specs))
+
+
+def test_a_kind_of_kv_that_is_new_is_refused() -> None:
+    """What a prefix of it needs is not known, so nothing is promised."""
+    new = CrossAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+    with pytest.raises(InvalidError, match="CrossAttentionSpec is new"):
+        describe_groups(caches(new), blocks_per_chunk=1)
+
+
+def test_full_attention_alone_needs_no_interval() -> None:
+    """VLLM would refuse one; nothing is set for such models."""
+    assert choose_interval(describe_groups(caches(FULL), blocks_per_chunk=1)) is None
+
+
+@pytest.mark.parametrize(
+    ("windows", "expected"),
+    [(1, 1024), (5, 1024), (0.25, 256), (0.5, 512)],
+)
+def test_windows_cost_no_more_than_full_attention_within_bounds(
+    windows: float, expected: int
+) -> None:
+    """The interval is where a window weighs as much as the full attention in between."""
+    full = GroupShape(chunk_tokens=16, chunk_bytes=1600)
+    window = GroupShape(chunk_tokens=16, chunk_bytes=int(1600 * windows), window_chunks=64)
+    interval = choose_interval([full, window])
+
+    assert expected == interval
+    within = stored_bytes([full, window], tokens=16_385, interval=interval)
+    dense = stored_bytes([full, window], tokens=16_385, interval=16)
+    assert stored_bytes([full, window], tokens=16_385, interval=None) < within <= dense
+
+
+def test_groups_are_described_by_the_bytes_that_they_own() -> None:
+    """Two layers of keys and values in bfloat16; a window needs what lies before its next token."""
+    full, window = describe_groups(caches(FULL, WINDOW), blocks_per_chunk=2)
+    chunk_bytes = 2 * 2 * 32 * 2 * 64 * 2
+
+    assert GroupShape(chunk_tokens=32, chunk_bytes=chunk_bytes) == full
+    assert dataclasses.replace(full, window_chunks=32) == window
+
+
+def test_steps_end_at_each_multiple_and_where_vllm_saw_a_prompt_part() -> None:
+    """The next boundary is set when a step comes to the last one, up to the prompt's end."""
+    request = SimpleNamespace(
+        request_id="r", shared_prefix_boundary=700, num_computed_tokens=0, num_prompt_tokens=1500
+    )
+    boundaries = Boundaries(interval=512)
+    boundaries.begin(request, computed_tokens=0)
+    seen = [request.shared_prefix_boundary]
+    while request.num_computed_tokens < 1500:
+        end = min(request.shared_prefix_boundary, 1500)
+        boundaries.end_step({"r": end - request.num_computed_tokens})
+        request.num_computed_tokens = end
+        seen.append(request.shared_prefix_boundary)
+
+    assert [512, 700, 1024, 1536, 1536] == seen
