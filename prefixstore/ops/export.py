@@ -134,15 +134,19 @@ def export(
         size_bytes=selection.file_bytes,
     )
     written: set[tuple[NamespaceId, Key]] = set()
+    left_out: set[tuple[NamespaceId, Key]] = set()
     errors: list[str] = []
     size_bytes = unreachable = 0
     for namespace, key, parent in selection.chunks:
-        if parent is not None and (namespace, parent) not in written:
+        # A parent that is not in the root at all is no loss: windows and states are kept without theirs.
+        if parent is not None and (namespace, parent) in left_out:
+            left_out.add((namespace, key))
             unreachable += 1
             continue
         found = store.tree.read_image(namespace, key, buffer)
         if isinstance(found, Miss):
             errors.append(f"{key.hex()} was left out: {found.detail or found.reason}")
+            left_out.add((namespace, key))
             continue
         _, image = found
         writer.add(image)
@@ -151,7 +155,7 @@ def export(
         progress(len(image))
     writer.end()
     if unreachable:
-        errors.append(f"{unreachable} chunks were left out: they follow what is not there")
+        errors.append(f"{unreachable} chunks were left out: they follow what was")
     return ExportReport(
         chunks=len(written),
         file_bytes=size_bytes,

@@ -139,9 +139,9 @@ def _sound(
     reader: ArchiveReader, image: memoryview, *, name: str, progress: Progress
 ) -> Iterator[tuple[BlobHeader, memoryview]]:
     """Yield each blob once it is proved to be sound, of a known namespace, and after its parent."""
-    seen: dict[NamespaceId, set[Key]] = {
-        each: set() for each in _proved(reader.document, name=name)
-    }
+    namespaces = _proved(reader.document, name=name)
+    seen: dict[NamespaceId, set[Key]] = {each: set() for each in namespaces}
+    missing: dict[NamespaceId, set[Key]] = {each: set() for each in namespaces}
     for number, blob in enumerate(reader.blobs(image)):
         try:
             header = check_image(blob)
@@ -152,12 +152,17 @@ def _sound(
                 "namespace",
                 f"{name}, blob {number}: of namespace {header.namespace}, whose fields it does not tell",
             )
-        known = seen[header.namespace]
-        if header.key in known or not (header.parent is None or header.parent in known):
+        known, followed = seen[header.namespace], missing[header.namespace]
+        if header.key in known or header.key in followed:
             raise CorruptError(
-                "key", f"{name}, blob {number}: {header.key.hex()} comes twice or before its parent"
+                "key",
+                f"{name}, blob {number}: {header.key.hex()} comes twice or after what follows it",
             )
         known.add(header.key)
+        # Windows and states are kept without what comes before them, so a parent may be missing; but it
+        # must not come later.
+        if header.parent is not None and header.parent not in known:
+            followed.add(header.parent)
         yield header, blob
         progress(len(blob))
 
