@@ -2,8 +2,6 @@
 
 import datetime as dt
 import json
-import signal
-import threading
 from typing import TYPE_CHECKING
 
 import click
@@ -11,6 +9,7 @@ import click
 from prefixstore.cli.options import AGE, INDEX_DIR, JSON, ROOT, SIZE, YES, confirm, note, open_store
 from prefixstore.cli.outcome import echo_done, echo_plan, exit_code, why
 from prefixstore.cli.render import echo_json
+from prefixstore.cli.signals import stopped_by_signals
 from prefixstore.cli.units import format_size
 
 if TYPE_CHECKING:
@@ -109,29 +108,18 @@ def _watch(
     from prefixstore.clock import SystemClock
     from prefixstore.ops.watch import watch
 
-    stop = threading.Event()
-
-    def end(_number: int, _frame: object) -> None:
-        stop.set()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    passes = watch(
-        lambda: open_store(root, index_dir=index_dir),
-        interval_s=interval_s,
-        share=share,
-        max_bytes=max_bytes,
-        max_age_s=max_age_s,
-        stop=stop,
-        clock=SystemClock(),
-    )
-    try:
+    with stopped_by_signals() as stop:
+        passes = watch(
+            lambda: open_store(root, index_dir=index_dir),
+            interval_s=interval_s,
+            share=share,
+            max_bytes=max_bytes,
+            max_age_s=max_age_s,
+            stop=stop,
+            clock=SystemClock(),
+        )
         for each in passes:
             click.echo(_json_line(each) if as_json else _line(each))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return 0
 
 

@@ -4,7 +4,7 @@ A verb is a click command in ``prefixstore.cli.<verb>`` and one line of ``VERBS`
 end as one message on stderr, never as a traceback, and as an exit code:
 
     0   done, nothing found wrong
-    1   findings (``verify``), or the operation failed
+    1   findings (``verify``, ``scrub``), the answer was no, or the operation failed
     2   the command line, an option or the path given as ROOT is wrong
     130 interrupted
 """
@@ -38,8 +38,10 @@ VERBS = {
     "pins": "List what pins keep.",
     "prefill": "Compute and store the chunks of many prompts.",
     "ns": "Explain why engines share chunks or do not.",
+    "repair": "Rebuild the index, and clean up after crashes.",
     "report": "Write a page about a root, for a browser.",
     "rm": "Remove chunks: by namespace, prompt, pin, key or age.",
+    "scrub": "Check every blob at a bounded speed; once or always.",
     "serve": "Run vLLM's API server with a store.",
     "size": "Work out how much room prompts will take.",
     "stats": "Show how much is stored, by namespace.",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from prefixstore.cli.units import parse_age, parse_size
 from prefixstore.errors import InvalidError
@@ -85,6 +86,15 @@ class _AbsolutePath(click.ParamType[str]):
         # Not resolve(): it follows links and asks the filesystem, which may hang.
         return os.path.abspath(Path(str(value)).expanduser())  # noqa: PTH100 - see above
 
+    def shell_complete(
+        self,
+        ctx: click.Context,  # noqa: ARG002 - click's signature
+        param: click.Parameter,  # noqa: ARG002 - click's signature
+        incomplete: str,
+    ) -> list[CompletionItem]:
+        """Have the shell complete directories."""
+        return [CompletionItem(incomplete, type="dir")]
+
 
 SIZE = _Quantity("size", parse_size)
 MOMENT = _Moment()
@@ -150,10 +160,23 @@ def confirm(question: str, *, yes: bool) -> None:
     """Ask before something is destroyed; ``--yes`` answers for scripts.
 
     Raises:
-        click.Abort: The answer was no, or there is nobody to ask.
+        click.Abort: The answer was no.
+        click.UsageError: There is nobody to ask.
     """
-    if not yes:
-        click.confirm(question, abort=True, err=True)
+    if yes:
+        return
+    try:
+        agreed = click.confirm(question, err=True)
+    except click.Abort:
+        if sys.stdin.isatty():
+            raise  # Ctrl-C or Ctrl-D.
+        click.echo(err=True)
+        raise click.UsageError(
+            "nobody answers, so nothing was removed: give --yes to do it without asking, or --dry-run "
+            "to see what would be done"
+        ) from None
+    if not agreed:
+        raise click.Abort
 
 
 def note(text: str) -> None:

@@ -3,7 +3,7 @@
 import secrets
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,21 +12,56 @@ from prefixstore.cli.render import echo_json
 from prefixstore.cli.units import format_size
 
 if TYPE_CHECKING:
+    from prefixstore.keys import NamespaceId
     from prefixstore.ops.verify import VerifyReport
+    from prefixstore.store import PrefixStore
 
 __all__ = ["command"]
 
 PROGRESS_S = 1.0
+PERCENT = 100
+
+
+class _Sample(click.ParamType["float | int"]):
+    """How many blobs to check: ``5%`` and ``0.05`` are shares, whole numbers above 1 are counts."""
+
+    name = "sample"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | int:
+        """Read the text."""
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (PERCENT if text.endswith("%") else 1)
+        except ValueError:
+            share = 0.0
+        if 0 < share <= 1:
+            return share
+        if text.isdecimal() and int(text) > 1:
+            return int(text)
+        problem = f"{text!r} is no share like 5% or 0.05, and no number of blobs"
+        raise click.BadParameter(problem, ctx=ctx, param=param)
+
+
+def _share(store: "PrefixStore", sample: "float | int", namespace: "NamespaceId | None") -> float:
+    """Return a sample as a share of the blobs that are there now."""
+    if isinstance(sample, float):
+        return sample
+    namespaces = store.root.namespaces() if namespace is None else [namespace]
+    there = sum(len(leaf) for each in namespaces for _, leaf in store.tree.scan(each))
+    return min(1.0, sample / max(1, there))
 
 
 @click.command("verify", epilog="Example: prefixstore verify /mnt/kv --sample 0.05 --rate 200MB")
 @ROOT
 @click.option(
     "--sample",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=1.0,
+    type=_Sample(),
+    default="1.0",
     metavar="SHARE",
-    help="Check this share of the blobs, drawn anew each time (0.05 is one in twenty).",
+    help="Check this share of the blobs, drawn anew each time (5% or 0.05 is one in twenty), or about "
+    "so many (1000).",
 )
 @click.option("--seed", type=click.IntRange(0), help="Draw the lot that an earlier run drew.")
 @click.option("--namespace", metavar="ID", help="Only this namespace; the id's beginning suffices.")
@@ -39,7 +74,7 @@ PROGRESS_S = 1.0
 def command(
     root: str,
     *,
-    sample: float,
+    sample: "float | int",
     seed: int | None,
     namespace: str | None,
     quarantine: bool,
@@ -53,10 +88,11 @@ def command(
     from prefixstore.ops.verify import verify
 
     with open_store(root, index_dir=index_dir, read_only=not quarantine) as store:
+        chosen = find_namespace(store.root, namespace) if namespace is not None else None
         found = verify(
             store,
-            namespace=find_namespace(store.root, namespace) if namespace is not None else None,
-            sample=sample,
+            namespace=chosen,
+            sample=_share(store, sample, chosen),
             seed=secrets.randbits(32) if seed is None else seed,
             quarantine=quarantine,
             rate_bytes_s=rate,

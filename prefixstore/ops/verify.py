@@ -19,7 +19,7 @@ from prefixstore.tree.blobs import BlobTree, Miss, ScanEntry
 from prefixstore.tree.buffer import Buffer
 from prefixstore.tree.quarantine import Quarantine
 
-__all__ = ["Finding", "VerifyReport", "verify"]
+__all__ = ["Finding", "Pace", "Scrub", "VerifyReport", "verify"]
 
 FINDINGS_MAX = 1000
 """Findings that are told one by one; all are counted."""
@@ -103,12 +103,13 @@ def verify(
         raise InvalidError(f"a sample is a share above 0 and up to 1, not {sample}")
     if quarantine and store.read_only:
         raise InvalidError(f"{store.root.path} was opened read-only: it quarantines nothing")
-    scrub = _Scrub(
+    clock = clock or SystemClock()
+    scrub = Scrub(
         store,
         sample=sample,
         seed=seed,
         quarantine=quarantine,
-        pace=_Pace(rate_bytes_s, clock or SystemClock()),
+        pace=Pace(rate_bytes_s, clock=clock, sleep=clock.sleep),
         progress=progress,
     )
     try:
@@ -122,11 +123,15 @@ def verify(
     return scrub.report(seed)
 
 
-class _Pace:
+class Pace:
     """Waits so that reading stays below a rate; used by one thread."""
 
-    def __init__(self, rate_bytes_s: float | None, clock: Clock) -> None:
+    def __init__(
+        self, rate_bytes_s: float | None, *, clock: Clock, sleep: Callable[[float], object]
+    ) -> None:
+        """Begin to read, with a way to wait for so many seconds, or less if that is not to go on."""
         self._rate_bytes_s = rate_bytes_s
+        self._sleep = sleep
         self._clock = clock
         self._start_s = clock.monotonic_s()
 
@@ -136,10 +141,10 @@ class _Pace:
             due_s = self._start_s + total_bytes / self._rate_bytes_s
             left_s = due_s - self._clock.monotonic_s()
             if left_s > 0:
-                self._clock.sleep(left_s)
+                self._sleep(left_s)
 
 
-class _Scrub:
+class Scrub:
     """The running sums of one scrub; used by one thread."""
 
     def __init__(
@@ -149,9 +154,22 @@ class _Scrub:
         sample: float,
         seed: int,
         quarantine: bool,
-        pace: _Pace,
-        progress: Progress,
+        pace: Pace,
+        progress: Progress = lambda _chunks, _bytes: None,
+        quarantines_max: int | None = None,
     ) -> None:
+        """Begin a scrub; arguments as ``verify`` has them.
+
+        Args:
+            store: The root.
+            sample: The share of blobs to check.
+            seed: Which lot.
+            quarantine: Move what is damaged.
+            pace: Waits between blobs.
+            progress: Told of the sums.
+            quarantines_max: Move no more than so many: a host that finds more may be the sick one.
+        """
+        self._quarantines_left = quarantines_max
         self._root = store.root
         self._tree: BlobTree = store.tree
         self._sample = sample
@@ -193,7 +211,7 @@ class _Scrub:
         try:
             for entry in self._entries(namespace):
                 if self._is_drawn(entry):
-                    self._check(entry)
+                    self.check(entry)
                 else:
                     self._skipped_chunks += 1
         except PrefixStoreError as error:
@@ -220,7 +238,8 @@ class _Scrub:
         lot = xxhash.xxh3_64_intdigest(entry.key, seed=self._seed)
         return lot < self._sample * LOTS
 
-    def _check(self, entry: ScanEntry) -> None:
+    def check(self, entry: ScanEntry) -> None:
+        """Check one blob."""
         miss = self._read(entry)
         if miss is not None and miss.reason is not MissReason.IO:
             # A client's cache may be at fault: only what fails twice is a finding.
@@ -255,6 +274,10 @@ class _Scrub:
         # A version that this reader does not know is no damage.
         if self._quarantine is None or miss.reason is MissReason.VERSION:
             return False
+        if self._quarantines_left is not None:
+            if not self._quarantines_left:
+                return False
+            self._quarantines_left -= 1
         try:
             return self._quarantine.take(entry.namespace, entry.key, miss.reason)
         except PrefixStoreError as error:

@@ -12,7 +12,7 @@ import threading
 from prefixstore.clock import Clock
 from prefixstore.errors import PrefixStoreError
 from prefixstore.tree.root import Root
-from prefixstore.tree.writers import REFRESH_S, Writers
+from prefixstore.tree.writers import REFRESH_S, Reaped, Writers
 
 __all__ = ["Membership"]
 
@@ -61,6 +61,18 @@ class Membership:
         """
         self.announce()
         return self._writers.reap(server_now_s=self.now_s(), spare=self._writer).files
+
+    def reap_thoroughly(self, *, dry_run: bool) -> Reaped:
+        """Look for what the dead left behind in every directory, and remove it or only tell.
+
+        Raises:
+            FullError, UnavailableError: The root cannot be written or listed.
+        """
+        if not dry_run:
+            self.announce()
+        return self._writers.reap(
+            server_now_s=self.now_s(), spare=self._writer, thorough=True, dry_run=dry_run
+        )
 
     def leave(self) -> None:
         """Remove the announcement; what fails is left for others to reap."""

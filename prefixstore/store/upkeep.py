@@ -23,6 +23,7 @@ from prefixstore.store.values import EvictionReport, NamespaceStats, StoreStats
 from prefixstore.tree.blobs import BlobTree
 from prefixstore.tree.pins import Pin
 from prefixstore.tree.root import Root
+from prefixstore.tree.writers import Reaped
 
 __all__ = ["Upkeep", "without_namespace"]
 
@@ -254,6 +255,21 @@ class Upkeep:
         report = self._evictor.reconcile(stop=lambda: self._collector.closing)
         self._count_pins()
         return report
+
+    def reap(self, *, dry_run: bool = False) -> Reaped:
+        """Remove what dead writers left behind, looked for in every directory.
+
+        Args:
+            dry_run: Tell what would be removed, remove nothing.
+
+        Raises:
+            InvalidError: The store is read-only.
+            FullError, UnavailableError: The root cannot be written or listed.
+        """
+        self._check_open()
+        if self.read_only and not dry_run:
+            raise InvalidError(f"{self.root.path} was opened read-only: it reaps nothing")
+        return self._parts.membership.reap_thoroughly(dry_run=dry_run)
 
     def rebuild(self) -> None:
         """Forget the index and build it anew from the tree, in the background, while serving."""

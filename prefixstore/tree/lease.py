@@ -66,12 +66,27 @@ class Lease:
     """
 
     def __init__(
-        self, root: Root, *, holder: str, clock: Clock, patience_s: float = PATIENCE_S
+        self,
+        root: Root,
+        *,
+        holder: str,
+        clock: Clock,
+        patience_s: float = PATIENCE_S,
+        directory: str | None = None,
     ) -> None:
+        """Take part in a lease.
+
+        Args:
+            root: The root.
+            holder: The id of the writer that wants it.
+            clock: Its clock.
+            patience_s: How long to look at an unchanged beat.
+            directory: Where the epochs lie: a lease of its own; None for the collector's.
+        """
         self.epoch = 0
         self._root = root
         self._os = root.os_calls
-        self._directory = root.layout.collector
+        self._directory = directory or root.layout.collector
         self._holder = holder
         self._clock = clock
         self._patience_s = patience_s
@@ -127,6 +142,19 @@ class Lease:
         except (PrefixStoreError, OSError):
             return True
         return True
+
+    def server_now_s(self) -> float:
+        """Beat, and return the time by the file server's clock; only while the lease is held.
+
+        Raises:
+            UnavailableError: The server does not say.
+        """
+        path = self._path(self.epoch)
+        try:
+            self._os.touch(path)
+            return self._os.stat(path).modified_s
+        except OSError as error:
+            raise translate(error, doing="touch", path=path) from error
 
     def release(self) -> None:
         """End the epoch that this host holds, so that others need not wait; what fails, patience mends."""

@@ -11,6 +11,7 @@
     prefill/<id>/<key>.<n>.json      which of them computes from this chunk on
     quarantine/<reason>.<id>.<key>.kv    corrupt blobs, kept for inspection
     collector/, history/             small files of the writers about themselves
+    scrub/                           how far the root was scrubbed, and by whom
 
 Two levels of 256 directories: a flat directory fails on ext4 in the millions, while 65,536 leaves keep a
 hundred million blobs at some 1,500 names each. A blob lies in one directory all its life, so its inode and
@@ -95,6 +96,7 @@ class Layout:
         "prefill",
         "quarantine",
         "root",
+        "scrub",
         "store",
         "writers",
     )
@@ -110,6 +112,7 @@ class Layout:
         self.quarantine = f"{root}/quarantine"
         self.collector = f"{root}/collector"
         self.history = f"{root}/history"
+        self.scrub = f"{root}/scrub"
 
     def namespace(self, namespace: NamespaceId) -> str:
         """Return a namespace's directory."""

@@ -19,6 +19,7 @@ Documents are written to temporary files, too. Those name no writer, and go when
 import contextlib
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from prefixstore.tree.root import Root
 from prefixstore.tree.scan import names_in, scan_temporaries
 from prefixstore.tree.trouble import is_missing
 
-__all__ = ["WriterDocument", "Writers", "is_alive", "this_process"]
+__all__ = ["Reaped", "WriterDocument", "Writers", "is_alive", "this_process"]
 
 REFRESH_S = 3600.0
 """How often a live writer says so: one metadata write an hour."""
@@ -124,7 +125,14 @@ class Writers:
                 found[name] = None
         return found
 
-    def reap(self, *, server_now_s: float, spare: str, thorough: bool = False) -> Reaped:
+    def reap(
+        self,
+        *,
+        server_now_s: float,
+        spare: str,
+        thorough: bool = False,
+        dry_run: bool = False,
+    ) -> Reaped:
         """Remove the files of dead writers.
 
         Args:
@@ -132,11 +140,13 @@ class Writers:
             spare: The caller's own id.
             thorough: Look for orphans even if no writer is known to have died: for those whose
                 writer left no file, or whose removal failed.
+            dry_run: Only tell what would be removed.
 
         Raises:
             UnavailableError: A directory cannot be listed.
         """
         layout = self._root.layout
+        remove = _spare if dry_run else self._remove
         known = self.known()
         suspects = {
             writer
@@ -151,10 +161,10 @@ class Writers:
             paths = orphans.get(writer, [])
             signs = [layout.writer(writer), *paths]
             if self._is_dead(known.get(writer), signs, server_now_s=server_now_s):
-                files += sum(map(self._remove, paths))
-                self._remove(layout.writer(writer))
+                files += sum(map(remove, paths))
+                remove(layout.writer(writer))
                 dead.append(writer)
-        files += self._reap_documents(server_now_s=server_now_s)
+        files += self._reap_documents(server_now_s=server_now_s, remove=remove)
         return Reaped(writers=tuple(dead), files=files)
 
     def _temporaries(self) -> dict[str, list[str]]:
@@ -165,9 +175,10 @@ class Writers:
                 found.setdefault(writer, []).append(path)
         return found
 
-    def _reap_documents(self, *, server_now_s: float) -> int:
+    def _reap_documents(self, *, server_now_s: float, remove: Callable[[str], bool]) -> int:
         layout = self._root.layout
         directories = [layout.root, layout.writers, layout.pins, layout.collector, layout.history]
+        directories.append(layout.scrub)
         directories += [layout.namespace(namespace) for namespace in self._root.namespaces()]
         files = 0
         for directory in directories:
@@ -176,7 +187,7 @@ class Writers:
                 if not is_temporary_document(name):
                     continue
                 if server_now_s - self._last_seen_s([path]) > PRESUMED_DEAD_S:
-                    files += self._remove(path)
+                    files += remove(path)
         return files
 
     def _is_dead(
@@ -218,6 +229,11 @@ class Writers:
         except OSError:
             return False
         return True
+
+
+def _spare(_path: str) -> bool:
+    """Stand in for a removal that is only told of."""
+    return True
 
 
 def _is_running(pid: int, started: str) -> bool | None:

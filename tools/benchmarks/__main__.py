@@ -6,6 +6,7 @@ import sys
 
 VERBS = {
     "io": ("io_speed", "loads and stores beside vLLM's fs tier and fio"),
+    "start": ("start", "how long the command takes to answer"),
     "scheduler": ("scheduler", "what I/O costs a scheduler's loop"),
     "index": ("index", "what the index's calls cost"),
     "ttft": ("ttft", "time to first token: computed, from the store, from the engine's own memory"),
