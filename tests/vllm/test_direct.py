@@ -145,7 +145,8 @@ def test_killed_while_storing(new_direct: Any, tiny_llama: Path, alone: Referenc
 
 def test_two_ranks_each_store_their_part(new_direct: Any, tiny_llama: Path) -> None:
     """A hit needs both ranks' parts; where one rank lacks one, both compute, and it is stored again."""
-    place = new_direct()
+    # Two workers that spin on two cores leave little to what they wait for.
+    place = new_direct(find_deadline_s=20, load_deadline_s=60)
     llm = {**FLOAT32, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
