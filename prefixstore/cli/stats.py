@@ -1,14 +1,13 @@
 """``prefixstore stats``: what a root holds."""
 
 import datetime as dt
-import signal
-import threading
 from typing import TYPE_CHECKING
 
 import click
 
 from prefixstore.cli.options import AGE, INDEX_DIR, JSON, ROOT, note, open_store
 from prefixstore.cli.render import echo_json, echo_table
+from prefixstore.cli.signals import stopped_by_signals
 from prefixstore.cli.units import format_size
 
 if TYPE_CHECKING:
@@ -81,10 +80,10 @@ def _serve(root: str, *, index_dir: str | None, port: int, address: str, interva
 
     from prefixstore.ops.exporter import RootExporter
 
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    with open_store(root, index_dir=index_dir, read_only=True) as store:
+    with (
+        stopped_by_signals() as stop,
+        open_store(root, index_dir=index_dir, read_only=True) as store,
+    ):
         exporter = RootExporter(store)
         registry = CollectorRegistry()
         registry.register(exporter)

@@ -74,7 +74,7 @@ def test_errors_are_messages_and_exit_codes(tmp_path: Path, prefixstore: Prefixs
 def test_help_shows_an_example_of_every_verb(prefixstore: Prefixstore) -> None:
     """Each verb is listed, and its help ends with a command line to copy."""
     listing = prefixstore("--help").stdout
-    for verb in ("init", "stats", "ls", "verify", "gc", "rm"):
+    for verb in ("init", "stats", "ls", "verify", "scrub", "repair", "export", "import", "gc", "rm"):
         assert verb in listing
         assert f"Example: prefixstore {verb} " in prefixstore(verb, "--help").stdout
 
@@ -159,3 +159,13 @@ def test_a_root_is_exported_until_it_is_told_to_stop(tmp_path: Path) -> None:
             assert exporter.wait(60) == 0
         finally:
             exporter.kill()
+
+
+def test_no_verb_needs_the_engine_to_explain_itself() -> None:
+    """All verbs together import nothing heavy until one of them works."""
+    code = (
+        "import click; from prefixstore.cli.main import VERBS, cli; context = click.Context(cli)\n"
+        "assert all(cli.get_command(context, verb) for verb in VERBS)"
+    )
+
+    assert not imported_by(code) & set(HEAVY)
