@@ -74,7 +74,18 @@ def test_errors_are_messages_and_exit_codes(tmp_path: Path, prefixstore: Prefixs
 def test_help_shows_an_example_of_every_verb(prefixstore: Prefixstore) -> None:
     """Each verb is listed, and its help ends with a command line to copy."""
     listing = prefixstore("--help").stdout
-    for verb in ("init", "stats", "ls", "verify", "scrub", "repair", "export", "import", "gc", "rm"):
+    for verb in (
+        "init",
+        "stats",
+        "ls",
+        "verify",
+        "scrub",
+        "repair",
+        "export",
+        "import",
+        "gc",
+        "rm",
+    ):
         assert verb in listing
         assert f"Example: prefixstore {verb} " in prefixstore(verb, "--help").stdout
 
