@@ -1,6 +1,6 @@
-"""A writer in a process of its own: stores at full speed for some seconds, then stays until stdin ends.
+"""A writer in a process of its own: stores so many chunks at full speed, then stays until stdin ends.
 
-    python -m tests.sharedfs.filler ROOT INDEX NAME SECONDS MAX_BYTES
+    python -m tests.sharedfs.filler ROOT INDEX NAME SECONDS MAX_BYTES CHUNKS
 
 Prints one JSON line when it has stopped storing: how many chunks it stored and skipped.
 """
@@ -23,8 +23,8 @@ FILLER_FILE_BYTES = FILLER_RAW_BYTES + 4096
 CHAIN = 20
 
 
-def fill(store: PrefixStore, name: str, seconds: float) -> Counter[str]:
-    """Store chains of chunks, one after the other, until the time is over."""
+def fill(store: PrefixStore, name: str, *, seconds: float, chunks: int) -> Counter[str]:
+    """Store chains of chunks, one after the other, until so many are stored or the time is over."""
     outcomes: Counter[str] = Counter()
     end_s, number = time.monotonic() + seconds, 0
     while True:
@@ -36,7 +36,7 @@ def fill(store: PrefixStore, name: str, seconds: float) -> Counter[str]:
         number += 1
         parent = None
         for at, key in enumerate(keys):
-            if time.monotonic() > end_s:
+            if time.monotonic() > end_s or outcomes["stored"] >= chunks:
                 return outcomes
             chunk = Chunk(key=key, parent=parent, end_token=(at + 1) * TOKENS)
             outcome = store.store(chunk, os.urandom(FILLER_RAW_BYTES))
@@ -50,10 +50,10 @@ def fill(store: PrefixStore, name: str, seconds: float) -> Counter[str]:
 
 def main() -> None:
     """Fill, tell, and wait to be told to end."""
-    root, index_dir, name, seconds, max_bytes = sys.argv[1:]
+    root, index_dir, name, seconds, max_bytes, chunks = sys.argv[1:]
     config = StoreConfig(index_dir=index_dir, max_bytes=int(max_bytes) or None)
     with PrefixStore.open(root, namespace=FIELDS, config=config) as store:
-        outcomes = fill(store, name, float(seconds))
+        outcomes = fill(store, name, seconds=float(seconds), chunks=int(chunks))
         sys.stdout.write(json.dumps({"outcomes": outcomes, "counters": store.counters()}) + "\n")
         sys.stdout.flush()
         sys.stdin.read()

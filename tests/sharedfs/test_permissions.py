@@ -119,7 +119,7 @@ def test_two_containers_share_a_root_and_an_index(tmp_path: Path, shared: Path) 
     root = tmp_path / "root"
     containers = []
     for name in ("one", "two"):
-        arguments = [str(root), str(tmp_path / "index"), name, "1.5", "0"]
+        arguments = [str(root), str(tmp_path / "index"), name, "1.5", "0", "100000"]
         command = [sys.executable, "-m", "tests.sharedfs.filler", *arguments]
         containers.append(
             subprocess.Popen(
