@@ -205,8 +205,8 @@ def test_the_command_lines_of_the_manifests_are_understood(line: str) -> None:
 
 
 def test_all_command_lines_of_the_manifests_are_looked_at() -> None:
-    """The unit's, the container's, and the two of the container before it."""
-    assert [line.split()[1] for line in COMMANDS] == ["gc", "gc", "init", "limits"]
+    """The unit's, the engine's, those of the collector's container, its job, and the two before it."""
+    assert [line.split()[1] for line in COMMANDS] == ["gc", "serve", "gc", "gc", "init", "limits"]
 
 
 # stats
