@@ -73,7 +73,7 @@ def storm(place, children, *, seconds, processes):
 
 @pytest.mark.parametrize(
     ("seconds", "processes"),
-    [pytest.param(3, 4, id="short"), pytest.param(60, 6, id="long", marks=pytest.mark.stress)],
+    [pytest.param(3, 4, id="short"), pytest.param(30, 6, id="long", marks=pytest.mark.stress)],
 )
 def test_kill_storm(tmp_path, children, seconds, processes):
     """After a storm of SIGKILLs counts equal a recount, and no map ran full on dead readers."""

@@ -168,9 +168,9 @@ def test_five_seconds_of_kills(quick_path: Path) -> None:
 
 @pytest.mark.stress
 @pytest.mark.parametrize("codec", ["raw", "auto", "shuffle+zstd"])
-def test_a_minute_of_kills(quick_path: Path, codec: str) -> None:
+def test_half_a_minute_of_kills(quick_path: Path, codec: str) -> None:
     """A long storm, for each way to store."""
-    storm = weather(quick_path, duration_s=60, seed=random.randrange(2**32), codec=codec)
+    storm = weather(quick_path, duration_s=30, seed=random.randrange(2**32), codec=codec)
 
     # A loaded machine kills fewer; a storm of fewer than this proves nothing.
-    assert storm.kills >= 50
+    assert storm.kills >= 25

@@ -12,7 +12,7 @@ import pytest
 
 from tests.vllm import stores, test_damage
 from tests.vllm.conftest import NewPlace
-from tests.vllm.engine import Engine
+from tests.vllm.engine import Engine, Generation
 from tests.vllm.stores import CHUNKS, FLOAT32, PROMPT_CHUNKS, PROMPTS, Reference
 from tests.vllm.test_damage import CHUNKS_EACH, DAMAGE
 
@@ -160,8 +160,15 @@ def test_two_ranks_each_store_their_part(new_direct: Any, tiny_llama: Path) -> N
     with place.engine(tiny_llama, multiprocess=True, llm=llm, env=env) as engine:
         cold = engine.generate_each(PROMPTS)
         await_parts()
-        forget(engine)
-        warm = engine.generate_each(PROMPTS, logprobs=1)
+        warm: list[Generation] = []
+
+        def all_hit() -> bool:
+            # On two cores that spin a question may come too late, which is a miss.
+            forget(engine)
+            warm[:] = engine.generate_each(PROMPTS, logprobs=1)
+            return list(PROMPT_CHUNKS) == stores.cached_chunks(warm)
+
+        stores.until(all_hit, "hits of both ranks' parts", patience_s=90)
         own_hit = engine.generate_each(PROMPTS, logprobs=1)
         for blob in parts()[0]:
             if stores.header_of(blob).end_token == 4 * stores.BLOCK_TOKENS:
@@ -172,7 +179,7 @@ def test_two_ranks_each_store_their_part(new_direct: Any, tiny_llama: Path) -> N
         failures = stores.labelled(engine, "vllm:prefixstore_failed_callbacks", "callback")
         await_parts()
 
-    assert list(PROMPT_CHUNKS) == stores.cached_chunks(warm)
     assert stores.logprobs(own_hit) == stores.logprobs(warm)
     assert stores.outputs(cold) == stores.outputs(warm) == stores.outputs(lame)
-    assert ({"absent": 1}, {}) == (misses, failures)
+    assert set(misses) <= {"absent"}
+    assert failures == {}

@@ -177,10 +177,14 @@ def test_one_engine_warms_another_and_each_outlives_what_befalls_the_root(
     assert stores.outputs(alone.cold) == stores.outputs(warm)
 
     # Full to the last page: nothing is stored until an eviction has made room, and both serve on.
+    evictions = len(holders(volume.brick))
     with full(volume.brick):
         loaded = b.generate_each(NEW[3:4])
         computed = [engine.generate_each(NEW[4:]) for engine in (a, b)]
-        stores.until(lambda: _skipped(a) + _skipped(b) > 0, "a skipped store")
+        stores.until(
+            lambda: _skipped(a) + _skipped(b) > 0 or len(holders(volume.brick)) > evictions,
+            "a skipped store, or room made by an eviction",
+        )
     assert [5] == stores.cached_chunks(loaded)
     assert stores.outputs(new[3:]) == stores.outputs(loaded)
     assert stores.outputs(computed[0]) == stores.outputs(computed[1])
@@ -205,7 +209,7 @@ def test_one_engine_warms_another_and_each_outlives_what_befalls_the_root(
 def _skipped(engine: Engine) -> float:
     step(engine)
     skipped = stores.labelled(engine, "vllm:prefixstore_stores_skipped", "reason")
-    return skipped.get("full", 0) + skipped.get("paused", 0)
+    return sum(skipped.values())
 
 
 def test_an_engine_on_a_hung_mount_recomputes_and_has_its_hits_back(
