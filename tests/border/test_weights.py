@@ -1,5 +1,6 @@
 """Who weights are: by content, by commit, and by nothing that could be either."""
 
+import importlib.util
 import os
 import time
 from pathlib import Path
@@ -18,6 +19,9 @@ from prefixstore.vllm.weights import (
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER_COMMIT = COMMIT[::-1]
 LATER_S = float("inf")
+NEEDS_HUB = pytest.mark.skipif(
+    importlib.util.find_spec("huggingface_hub") is None, reason="the hub's client comes with vLLM"
+)
 
 
 @pytest.fixture
@@ -138,6 +142,7 @@ def test_the_process_began_before_now() -> None:
     assert time.time() - 86400 < process_start_s() < time.time()
 
 
+@NEEDS_HUB
 def test_a_snapshot_is_its_commit_by_path_or_by_name(tmp_path: Path) -> None:
     """The same snapshot has one name, whichever way the user wrote it."""
     cache = hub(tmp_path, branch="main", commit=COMMIT)
@@ -153,6 +158,7 @@ def test_a_snapshot_is_its_commit_by_path_or_by_name(tmp_path: Path) -> None:
     assert [expected] * 3 == [identify_weights(s, digests=WeightDigests(None)) for s in sources]
 
 
+@NEEDS_HUB
 @pytest.mark.parametrize(
     ("revision", "config_commit"),
     [(None, OTHER_COMMIT), (None, None), ("absent", COMMIT), ("../../escape", COMMIT)],

@@ -16,13 +16,12 @@ def test_an_exported_root_serves_where_it_is_imported_and_may_be_removed_beneath
     new_place: NewPlace,
     tiny_llama: Path,
     alone: Reference,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every chunk hits on the other root; when all are removed there, the engine serves on."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "tools-cache"))
-    archive = str(tmp_path / "kv.pfx")
-    other = new_place(root=tmp_path / "other")
+    monkeypatch.setenv("XDG_CACHE_HOME", f"{filled.root}-index")
+    archive = f"{filled.root}.pfx"
+    other = new_place(root=filled.root.with_name("other"))
     codes = [
         run(["export", "--root", str(filled.root), archive]),
         run(["init", str(other.root)]),
