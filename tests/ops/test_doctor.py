@@ -199,6 +199,7 @@ def test_a_path_that_is_no_directory_is_refused(tmp_path: Path) -> None:
         examine(tmp_path / "none")
 
 
+@pytest.mark.crash
 def test_any_call_may_fail_and_nothing_stays(tmp_path: Path) -> None:
     """Whatever the doctor meets, it comes to an end and takes its files away."""
     trace = FaultyOs(QuickOs())
