@@ -21,7 +21,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.sharedfs)
-            item.add_marker(pytest.mark.flaky(reruns=1))  # Mounts in real time, as tests/vllm has it.
+            # Mounts in real time: one more try, as in tests/vllm.
+            item.add_marker(pytest.mark.flaky(reruns=1))
             # By a thread: a main thread that hangs in a system call takes no signal.
             item.add_marker(pytest.mark.timeout(120, method="thread"))
 
