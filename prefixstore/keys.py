@@ -25,6 +25,7 @@ __all__ = [
     "Fields",
     "Key",
     "NamespaceId",
+    "derive_key",
     "key_from_hex",
     "kv_group",
     "make_key",
@@ -73,6 +74,19 @@ def key_from_hex(text: str) -> Key:
 def kv_group(key: Key) -> int:
     """Return the index of the KV cache group that the chunk belongs to."""
     return int.from_bytes(key[-GROUP_BYTES:], "big")
+
+
+def derive_key(key: Key, context: bytes) -> Key:
+    """Name a chunk whose bytes depend on more than its namespace and ``key`` say: on ``context`` too.
+
+    Of the same length and group; as unlike the keys of any other context as two block hashes are.
+
+    >>> kv_group(derive_key(key_from_hex("00" * 16 + "00000001"), b"an adapter"))
+    1
+    """
+    hash_bytes, group = key[:-GROUP_BYTES], key[-GROUP_BYTES:]
+    mixed = hashlib.shake_256(b"prefixstore derived key\0" + context + hash_bytes)
+    return Key(mixed.digest(len(hash_bytes)) + group)
 
 
 def namespace_id(fields: Fields) -> NamespaceId:

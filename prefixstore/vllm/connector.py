@@ -7,14 +7,15 @@
 
 It is vLLM's ``OffloadingConnector`` with our options expanded, and with what only a connector sees: the
 whole ``VllmConfig`` in every process, the workers' account of their backends and layouts, and requests
-with their adapters. At serving time it does two things: it binds the tier once the namespace is known,
-and turns the tier off when the weights may have changed.
+with their adapters. At serving time it does three things: it binds the tier once the namespace is known,
+turns it off when the weights may have changed, and tells it of adapters.
 """
 
 import copy
 import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +31,11 @@ from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from prefixstore.clock import SystemClock
 from prefixstore.errors import InvalidError, PrefixStoreError
 from prefixstore.index.place import default_index_dir
+from prefixstore.vllm.adapters import Adapters, AdapterUse, lora_settings
 from prefixstore.vllm.backends import WorkerAccount, describe_worker, join_accounts
 from prefixstore.vllm.compat import check_version, missing_seams, register_name
 from prefixstore.vllm.direct.connector import DirectConnector
+from prefixstore.vllm.engine_calls import listen_to_engine
 from prefixstore.vllm.fingerprint import scheduler_fields
 from prefixstore.vllm.guard import guarded
 from prefixstore.vllm.layout import join_workers
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics
+    from vllm.lora.request import LoRARequest
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -61,6 +65,18 @@ logger = logging.getLogger("prefixstore")
 
 CLOCK = SystemClock()
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - where vLLM puts the CPU tier
+
+
+def _nothing() -> None:
+    """Tell nobody."""
+
+
+def _nothing_to_tell() -> Callable[[], None]:
+    return _nothing
+
+
+def _no_use() -> AdapterUse | None:
+    return None
 
 
 class PrefixStoreConnector(OffloadingConnector):
@@ -103,7 +119,14 @@ class PrefixStoreConnector(OffloadingConnector):
         self.namespace_fields: Fields | None = None
         self._tier = _find_tier(self) if role is KVConnectorRole.SCHEDULER else None
         self._accounted: dict[str, int] = {}  # Request → tokens that it has from vLLM and from us.
-        if missing := missing_seams():
+        self._adapters: Adapters | None = None
+        missing = missing_seams()
+        if self._tier is not None:
+            missing += listen_to_engine(self)
+            self._adapters = _make_adapters(vllm_config)
+            if self._adapters is not None:
+                self._tier.serve_adapters(self._adapters)
+        if missing:
             self._turn_off(f"this vLLM has no {', '.join(missing)}, which prefixstore reads")
 
     def count_failure(self, callback: str) -> None:
@@ -200,10 +223,51 @@ class PrefixStoreConnector(OffloadingConnector):
     @override
     def on_new_request(self, request: "Request") -> None:
         super().on_new_request(request)
-        # A block hash knows an adapter by its name and path, not by its weights; and a picture by an id
-        # that the caller may have given it.
-        if self._tier is not None and (request.lora_request is not None or request.mm_features):
+        if self._tier is None:
+            return
+        # A block hash knows a picture by an id that the caller may have given it, and an adapter by its
+        # name and path, not by its weights.
+        use = self._begin_use(request) if request.lora_request is not None else None
+        if request.mm_features or (request.lora_request is not None and use is None):
             self._tier.bypass(request.request_id)
+        elif use is not None:
+            self._tier.adapt(request.request_id, use)
+
+    @guarded(_no_use)
+    def _begin_use(self, request: "Request") -> AdapterUse | None:
+        if self._adapters is None:
+            return None
+        return self._adapters.begin(request.request_id, request.lora_request)
+
+    # Calls to the engine that vLLM has no hook for.
+
+    @guarded(_nothing_to_tell)
+    def adapter_loading(self, lora: "LoRARequest") -> Callable[[], None]:
+        """Take note that workers are told to load an adapter; returns what to call once they have."""
+        if (adapters := self._adapters) is None:
+            return _nothing
+        use = adapters.mention(lora)
+        return lambda: adapters.loaded(use)
+
+    @guarded(lambda: None)
+    def adapter_removed(self, adapter_id: int) -> None:
+        """Take note that workers were told to drop an adapter."""
+        if self._adapters is not None:
+            self._adapters.removed(adapter_id)
+
+    @guarded(lambda: None)
+    def adapter_pinned(self, adapter_id: int) -> None:
+        """Take note that workers were told to keep an adapter."""
+        if self._adapters is not None:
+            self._adapters.pinned(adapter_id)
+
+    @guarded(lambda: None)
+    def workers_called(self, method: str) -> None:
+        """Turn the store off: the workers may have other weights from here on."""
+        self._turn_off(
+            f"collective_rpc called {method!r} of the workers, which may have replaced their weights. "
+            "Restart the engine to use the store again"
+        )
 
     @override
     def get_num_new_matched_tokens(
@@ -299,6 +363,21 @@ class PrefixStoreConnector(OffloadingConnector):
         return super().build_prom_metrics(vllm_config, *args, **kwargs)
 
 
+def _make_adapters(config: "VllmConfig") -> Adapters | None:
+    """Return the engine's adapters, if it has any and they are to be stored; options are expanded."""
+    transfer = config.kv_transfer_config
+    assert transfer is not None, "vLLM builds a connector from it"
+    (tier,) = transfer.kv_connector_extra_config["secondary_tiers"]
+    if tier.get("adapters") != "content" or config.lora_config is None:
+        return None
+    return Adapters(
+        capacity=config.lora_config.max_cpu_loras or config.lora_config.max_loras,
+        settings=lora_settings(config.lora_config),
+        digests=WeightDigests(_digest_memory("adapters"), full=_reads_in_full(config)),
+        clock=CLOCK,
+    )
+
+
 def _is_direct(config: "VllmConfig") -> bool:
     transfer = config.kv_transfer_config
     return transfer is not None and transfer.kv_connector_extra_config.get("mode") == "direct"
@@ -329,10 +408,10 @@ def _reads_in_full(config: "VllmConfig") -> bool:
     return bool(tier.get("weights") == "full")
 
 
-def _digest_memory() -> Path | None:
-    """Return the file that remembers digests of weights; None where the user has no cache."""
+def _digest_memory(name: str = "weights") -> Path | None:
+    """Return the file that remembers digests; None where the user has no cache."""
     try:
-        return default_index_dir(os.environ).parent / "weights.json"
+        return default_index_dir(os.environ).parent / f"{name}.json"
     except InvalidError:
         return None
 

@@ -41,7 +41,9 @@ FRONT_DOOR = "behind_front_door"
 DIRECT_OPTIONS = frozenset({"blocks_per_chunk", "offload_prompt_only"})
 """Those that mean something without a CPU tier too."""
 
-TIER_OPTIONS = frozenset({"enable_kv_events", "load_policy", "locality", "shared_prefixes"})
+TIER_OPTIONS = frozenset(
+    {"adapters", "enable_kv_events", "load_policy", "locality", "shared_prefixes"}
+)
 """Ours that mean something with a CPU tier only."""
 
 CPU_BYTES_LARGEST = 4 * 2**30
@@ -75,6 +77,8 @@ class TierOptions(StoreConfig, frozen=True, kw_only=True, forbid_unknown_fields=
         load_policy: ``auto`` declines a match that would clearly take longer to load than to compute,
             by what both took so far; ``always`` loads every match. Only the front door can tell how
             fast prompts are computed.
+        adapters: Only behind the front door: ``bypass``, requests with an adapter (LoRA) neither load nor
+            store; ``content``: they do, under keys that the content of the adapter's files is part of.
         weights: How local weights are identified: ``remembered`` digests where inode, size and times
             are unchanged, or ``full``: every file read at every start.
     """
@@ -93,6 +97,7 @@ class TierOptions(StoreConfig, frozen=True, kw_only=True, forbid_unknown_fields=
     locality: Literal["LOCAL", "REMOTE"] | None = None
     shared_prefixes: bool = True
     load_policy: Literal["auto", "always"] = "auto"
+    adapters: Literal["bypass", "content"] = "bypass"
     weights: Literal["remembered", "full"] = "remembered"
 
     @classmethod

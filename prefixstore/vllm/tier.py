@@ -9,11 +9,11 @@ A tier is **bound** once it knows its namespace and its slot layout: at once whe
 options, else when the workers have told the front door. Until then everything is a miss.
 """
 
-import ctypes
+import functools
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
@@ -41,8 +41,6 @@ from prefixstore.errors import InvalidError
 from prefixstore.index.place import default_index_dir
 from prefixstore.ioproc.client import IoClient
 from prefixstore.ioproc.jobs import (
-    ChunkLoad,
-    ChunkStore,
     Completion,
     FindDone,
     LoadDone,
@@ -51,15 +49,18 @@ from prefixstore.ioproc.jobs import (
 )
 from prefixstore.keys import Fields, Key, kv_group
 from prefixstore.vllm import metrics
-from prefixstore.vllm.compat import request_keys
-from prefixstore.vllm.events import CHANGES_MAX, events_of
+from prefixstore.vllm.adapters import Adapters, AdapterUse
+from prefixstore.vllm.admission import Admission
+from prefixstore.vllm.events import CHANGES_MAX, OriginalKeys, events_of
 from prefixstore.vllm.fingerprint import bare_fields
 from prefixstore.vllm.guard import guarded
-from prefixstore.vllm.layout import Span, gather, scatter
-from prefixstore.vllm.lookups import Answer, Budget, Chains, Question, RequestLookup
+from prefixstore.vllm.layout import Span
+from prefixstore.vllm.lookups import Answer, Question
 from prefixstore.vllm.options import FRONT_DOOR, TierOptions
 from prefixstore.vllm.reoffers import Place, Reoffers, pin_chunks
-from prefixstore.vllm.worth import LoadWorth, PrefillMeter
+from prefixstore.vllm.requests import TierRequest
+from prefixstore.vllm.slots import Slots
+from prefixstore.vllm.worth import PrefillMeter
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
@@ -72,11 +73,6 @@ __all__ = ["PrefixStoreTier"]
 
 logger = logging.getLogger("prefixstore")
 
-ADMISSION_PATIENCE_S = 20.0
-"""How long a match waits for room in the CPU tier before it is recomputed instead.
-
-Room comes free when another request is scheduled: seconds on a busy engine."""
-
 YIELD_S = 50e-6
 """How long the scheduler lets go of the GIL in a step while jobs are in flight. The interpreter's own
 switch interval, 5 ms, would be paid for every message and every chunk."""
@@ -88,15 +84,9 @@ ANSWERS = {
 }
 
 
-@dataclass(slots=True)
-class _Request:
-    """What the tier remembers of one request, from its arrival to its end."""
-
-    context: ReqContext
-    lookup: RequestLookup = field(default_factory=RequestLookup)
-    chains: Chains = field(default_factory=Chains)
-    bypassed: bool = False
-    waits_since_s: float | None = None
+def _error() -> str | None:
+    """Why a store was not tried whose attempt failed."""
+    return "error"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +94,7 @@ class _Binding:
     """What a bound tier works with."""
 
     client: IoClient
-    spans: Mapping[int, Sequence[Span]]
-    payload_bytes: Mapping[int, int]
-    element_bytes: int
+    slots: Slots
 
 
 class PrefixStoreTier(SecondaryTierManager):
@@ -116,7 +104,6 @@ class PrefixStoreTier(SecondaryTierManager):
 
     Attributes:
         replicated_layout: Whether all workers share one copy of a chunk in the slot.
-        prefill: Measures how fast prompts are computed; the front door tells it of the steps.
     """
 
     medium: ClassVar[Medium | None] = Medium.STORAGE
@@ -155,21 +142,22 @@ class PrefixStoreTier(SecondaryTierManager):
         self._clock = clock or SystemClock()
         self._metrics = metrics.TierMetrics()
         self._metrics.set_state("opening")
-        slots, self._slot_bytes = primary_kv_view.shape or (0, 0)
-        # The address stays valid for as long as the view is held, which the base class does.
-        self._slots_address = (
-            ctypes.addressof(ctypes.c_char.from_buffer(primary_kv_view)) if slots else 0
+        self._view = primary_kv_view
+        self._admission = Admission(
+            slots=(primary_kv_view.shape or (0,))[0],
+            policy=self._options.load_policy,
+            observed=self._metrics,
         )
-        self._budget = Budget(slots)
-        self.prefill = PrefillMeter()
-        self._worth = LoadWorth(prefill=self.prefill.rate)
-        self._requests: dict[str, _Request] = {}
+        self._adapters: Adapters | None = None
+        self._requests: dict[str, TierRequest] = {}
         self._asking: set[str] = set()  # Requests with questions to put at the step's end.
         self._questions: dict[int, tuple[str, Question]] = {}
         self._next_ticket = 0
         self._results: list[JobResult] = []
         self._reoffers = Reoffers()
         self._storing: dict[int, dict[Key, Place]] = {}
+        self._renamed: dict[int, dict[Key, Key]] = {}  # Load → the store's key → vLLM's.
+        self._original_keys = OriginalKeys()
         self._binding: _Binding | None = None
         self._off_reason: str | None = None
         self._saved_bytes_reported = 0
@@ -190,7 +178,12 @@ class PrefixStoreTier(SecondaryTierManager):
     @property
     def slots(self) -> int:
         """How many chunks the CPU tier has room for."""
-        return self._budget.slots
+        return self._admission.slots
+
+    @property
+    def prefill(self) -> PrefillMeter:
+        """Measures how fast prompts are computed; the front door tells it of the steps."""
+        return self._admission.prefill
 
     def bind(
         self, fields: Fields, *, spans: Mapping[int, Sequence[Span]], element_bytes: int
@@ -203,9 +196,7 @@ class PrefixStoreTier(SecondaryTierManager):
             element_bytes: The size of one KV element.
         """
         assert self._binding is None, "a tier is bound once"
-        payload_bytes = {
-            group: sum(span.length for span in owned) for group, owned in spans.items()
-        }
+        slots = Slots(self._view, spans=spans, element_bytes=element_bytes)
         client = IoClient(
             StoreTarget(
                 root=self._options.root,
@@ -213,14 +204,12 @@ class PrefixStoreTier(SecondaryTierManager):
                 options=msgspec.json.encode(self._options.store_config(index_dir=_index_dir())),
             ),
             replace(
-                self._options.limits(max(payload_bytes.values())),
+                self._options.limits(max(slots.payload_bytes.values())),
                 changes_max=CHANGES_MAX if self._announces else 0,
             ),
             clock=self._clock,
         )
-        self._binding = _Binding(
-            client=client, spans=spans, payload_bytes=payload_bytes, element_bytes=element_bytes
-        )
+        self._binding = _Binding(client=client, slots=slots)
 
     def turn_off(self, reason: str) -> None:
         """Neither load nor store any more; what is in flight still ends."""
@@ -234,6 +223,15 @@ class PrefixStoreTier(SecondaryTierManager):
         if (request := self._requests.get(request_id)) is not None:
             request.bypassed = True
 
+    def serve_adapters(self, adapters: Adapters) -> None:
+        """Take the engine's adapters; ``adapt`` names those of requests. Owned by the tier from now on."""
+        self._adapters = adapters
+
+    def adapt(self, request_id: str, use: AdapterUse) -> None:
+        """Load and store for one request under keys that its adapter's content is part of."""
+        if (request := self._requests.get(request_id)) is not None:
+            request.use = use
+
     def count_failure(self, callback: str) -> None:
         """Count a callback that failed and was answered with its safe value."""
         self._metrics.count(metrics.FAILED_CALLBACKS, callback)
@@ -243,7 +241,7 @@ class PrefixStoreTier(SecondaryTierManager):
     @override
     @guarded(RequestOffloadingContext)
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
-        self._requests[req_context.req_id] = _Request(req_context)
+        self._requests[req_context.req_id] = TierRequest(req_context)
         return RequestOffloadingContext()
 
     @override
@@ -251,13 +249,18 @@ class PrefixStoreTier(SecondaryTierManager):
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         binding = self._serving()
         request = self._requests.get(req_context.req_id)
-        if binding is None or request is None or request.bypassed:
+        if binding is None or request is None or not request.may_load:
             return LookupResult.MISS
         end_token = req_context.get_offload_key_position(key)
-        if end_token is None or kv_group(Key(key)) not in binding.spans:
+        if end_token is None or kv_group(Key(key)) not in binding.slots.spans:
             return LookupResult.MISS
         if request.lookup.undecided:
-            self._decide(req_context.req_id, request)
+            self._admission.decide(
+                req_context.req_id,
+                request.lookup,
+                payload_bytes=binding.slots.payload_bytes,
+                now_s=self._clock.monotonic_s(),
+            )
         answer = request.lookup.ask(Key(key), end_token)
         if answer is Answer.RETRY:
             self._asking.add(req_context.req_id)
@@ -267,10 +270,10 @@ class PrefixStoreTier(SecondaryTierManager):
     @guarded(lambda: None)
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         for request_id in context.new_req_ids:
-            self._budget.release(request_id)
+            self._admission.release(request_id)
         if (binding := self._binding) is None:
             return
-        if self._results or binding.client.busy:
+        if self._results or binding.client.busy or self._is_proving:
             # An engine with nothing else to do turns without a pause, and would keep the GIL from the
             # pump that it waits for.
             self._clock.sleep(YIELD_S)
@@ -286,7 +289,7 @@ class PrefixStoreTier(SecondaryTierManager):
             return
         if binding.client.state != "on" or not binding.client.ready:
             return
-        asked = self._reoffers.due(self._clock.monotonic_s(), slots=self._budget.slots)
+        asked = self._reoffers.due(self._clock.monotonic_s(), slots=self._admission.slots)
         if not asked:
             return
         self._next_ticket += 1
@@ -303,7 +306,7 @@ class PrefixStoreTier(SecondaryTierManager):
 
     @override
     def submit_store(self, job_metadata: TransferJob) -> None:
-        self._submit(job_metadata, lambda: self._submit_store(job_metadata))
+        self._submit(job_metadata, functools.partial(self._submit_store, job_metadata))
 
     @override
     def get_finished_jobs(self) -> Iterable[JobResult]:
@@ -318,34 +321,38 @@ class PrefixStoreTier(SecondaryTierManager):
             return []
         changes, lost = self._binding.client.take_changes()
         self._metrics.count(metrics.EVENTS_LOST, by=lost)
-        return events_of(changes, locality=self.locality)
+        return events_of(changes, originals=self._original_keys, locality=self.locality)
 
     @override
     @guarded(lambda: False)
     def has_pending_work(self) -> bool:
-        return bool(self._results) or (self._binding is not None and self._binding.client.busy)
+        client_busy = self._binding is not None and self._binding.client.busy
+        return bool(self._results) or client_busy or self._is_proving
 
     @override
     @guarded(lambda: None)
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        if (binding := self._serving()) is not None:
-            binding.client.touch([Key(key) for key in keys])
+        if (request := self._requests.get(req_context.req_id)) is not None:
+            self._touch(request, map(Key, keys))
 
     @override
     @guarded(lambda: None)
     def on_request_finished(self, req_context: ReqContext) -> None:
-        self._budget.release(req_context.req_id)
-        request = self._requests.pop(req_context.req_id, None)
-        binding = self._serving()
-        if binding is None or request is None or request.bypassed:
-            return
-        # vLLM reports no use that its GPU or CPU cache served, so the hottest prefix would look
-        # coldest. The whole chain is as recent as this request.
-        binding.client.touch([key for key, _ in request_keys(req_context)])
+        self._admission.release(req_context.req_id)
+        if self._adapters is not None:
+            self._adapters.finish(req_context.req_id)
+        if (request := self._requests.pop(req_context.req_id, None)) is not None:
+            # vLLM reports no use that its GPU or CPU cache served, so the hottest prefix would look
+            # coldest. The whole chain is as recent as this request.
+            self._touch(request, request.chain())
 
     @override
     @guarded(lambda: None)
     def drain_jobs(self) -> None:
+        end_s = self._clock.monotonic_s() + self._options.drain_s
+        while self._is_proving and self._clock.monotonic_s() < end_s:
+            self._clock.sleep(YIELD_S)
+            self._hear_proofs()
         if self._binding is not None:
             for completion in self._binding.client.drain(self._options.drain_s):
                 self._take(completion)
@@ -354,6 +361,8 @@ class PrefixStoreTier(SecondaryTierManager):
     @guarded(lambda: None)
     def shutdown(self) -> None:
         binding, self._binding = self._binding, None
+        if self._adapters is not None:
+            self._adapters.close()
         if binding is not None:
             binding.client.close(self._options.drain_s)
 
@@ -383,75 +392,71 @@ class PrefixStoreTier(SecondaryTierManager):
         """Bind without the front door: the whole slot is the payload, the user names the namespace."""
         config = spec.config
         fields = bare_fields(self._options.namespace, config)
-        owned = [Span(0, self._slot_bytes)]
+        owned = [Span(0, (self._view.shape or (0, 0))[1])]
         self.bind(fields, spans={group.group_id: owned for group in config.groups}, element_bytes=2)
 
     def _serving(self) -> _Binding | None:
         return self._binding if self._off_reason is None else None
 
-    def _put_questions(self, binding: _Binding, request_id: str, request: _Request) -> None:
+    @property
+    def _is_proving(self) -> bool:
+        return self._adapters is not None and self._adapters.busy
+
+    def _put_questions(self, binding: _Binding, request_id: str, request: TierRequest) -> None:
         """Ask the store about the keys that a request's lookups came to in this step."""
         for question in request.lookup.take_questions():
-            if not binding.client.ready:
-                request.lookup.take_verdict(question, [False] * len(question.keys))
-                continue
-            self._next_ticket += 1
-            self._questions[self._next_ticket] = (request_id, question)
-            binding.client.find(self._next_ticket, question.keys, chained=question.chained)
+            if request.use is None:
+                self._find(binding, request_id, request, question)
+            else:
+                self._prove(
+                    request.use,
+                    functools.partial(self._find_adapted, request_id, question),
+                    patience_s=self._options.find_deadline_s,
+                )
 
-    def _decide(self, request_id: str, request: _Request) -> None:
-        """Admit the match of a request whose verdicts are all in, if there is room for it."""
-        wanted = request.lookup.wanted()
-        if wanted and request.waits_since_s is None and not self._pays(request.lookup, wanted):
-            request.lookup.decide(())
-            self._metrics.count(metrics.DECLINED_HITS, "slower", by=len(wanted))
+    def _find(
+        self, binding: _Binding | None, request_id: str, request: TierRequest, question: Question
+    ) -> None:
+        if binding is None or not binding.client.ready:
+            request.lookup.take_verdict(question, [False] * len(question.keys))
             return
-        fitting = wanted[: max(0, self._budget.slots - request.lookup.hits)]
-        if not fitting:
-            request.lookup.decide(())
-            self._metrics.count(metrics.DECLINED_HITS, "no_room", by=len(wanted))
-            return
-        now_s = self._clock.monotonic_s()
-        if request.waits_since_s is None:
-            request.waits_since_s = now_s
-        if self._budget.reserve(request_id, len(fitting)):
-            request.lookup.decide(fitting)
-            self._metrics.count(metrics.DECLINED_HITS, "no_room", by=len(wanted) - len(fitting))
-        elif now_s - request.waits_since_s > ADMISSION_PATIENCE_S:
-            request.lookup.decide(())
-            self._metrics.count(metrics.DECLINED_HITS, "no_room", by=len(wanted))
-        else:
-            return
-        request.waits_since_s = None
+        self._next_ticket += 1
+        self._questions[self._next_ticket] = (request_id, question)
+        keys = [request.name(key) for key in question.keys]
+        binding.client.find(self._next_ticket, keys, chained=question.chained)
 
-    def _pays(self, lookup: RequestLookup, wanted: Sequence[Key]) -> bool:
-        """Whether a match is worth loading, by what loads and prefills took so far."""
-        if self._options.load_policy == "always":
-            return True
-        binding = self._serving()
-        assert binding is not None, "a lookup is answered with a miss before"
-        was_declining = self._worth.declining
-        load_bytes = sum(binding.payload_bytes[kv_group(key)] for key in wanted)
-        tokens = lookup.saved_tokens(wanted)
-        pays = self._worth.pays(
-            load_bytes=load_bytes, tokens=tokens, now_s=self._clock.monotonic_s()
-        )
-        if self._worth.declining != was_declining:
-            logger.warning("%s", self._worth.account(load_bytes=load_bytes, tokens=tokens))
-        return pays
+    @guarded(lambda: None)
+    def _find_adapted(self, request_id: str, question: Question, digest: bytes | None) -> None:
+        if (request := self._requests.get(request_id)) is not None:
+            binding = self._serving() if digest is not None else None
+            self._find(binding, request_id, request, question)
+
+    def _prove(
+        self, use: AdapterUse, then: Callable[[bytes | None], None], *, patience_s: float
+    ) -> None:
+        assert self._adapters is not None, "uses come from it"
+        self._adapters.prove(use, then, patience_s=patience_s)
+
+    def _touch(self, request: TierRequest, keys: Iterable[Key]) -> None:
+        """Note the use of a request's chunks, as far as the store can know them."""
+        if request.is_named and (binding := self._serving()) is not None:
+            binding.client.touch([request.name(key) for key in keys])
 
     @guarded(lambda: False)
     def _try_load(self, job: TransferJob) -> bool:
         binding = self._serving()
-        if binding is None:
+        request = self._requests.get(job.req_context.req_id)
+        if binding is None or request is None:
             return False
         binding.client.load(
             job.job_id,
             [
-                self._chunk_load(binding, Key(key), int(slot))
+                binding.slots.load(request.name(Key(key)), int(slot))
                 for key, slot in zip(job.keys, job.chunk_ids, strict=True)
             ],
         )
+        if request.use is not None:
+            self._renamed[job.job_id] = {request.name(Key(key)): Key(key) for key in job.keys}
         return True
 
     def _submit(self, job: TransferJob, attempt: Callable[[], str | None]) -> None:
@@ -468,7 +473,7 @@ class PrefixStoreTier(SecondaryTierManager):
                 )
             )
 
-    @guarded(lambda: _optional("error"))
+    @guarded(_error)
     def _try_store(self, job: TransferJob, attempt: Callable[[], str | None]) -> str | None:
         refused = attempt()
         if refused is not None:
@@ -479,64 +484,66 @@ class PrefixStoreTier(SecondaryTierManager):
         request = self._requests.get(job.req_context.req_id)
         if request is None or request.bypassed:
             return "bypassed"
-        chains = request.chains
-        chains.learn(request_keys(job.req_context, start=len(chains)))
-        return self._submit_chunks(job, {Key(key): chains.place(Key(key)) for key in job.keys})
-
-    def _submit_chunks(self, job: TransferJob, places: dict[Key, Place]) -> str | None:
-        """Submit the chunks of a job, whose places are known, or return why not."""
-        if (binding := self._serving()) is None:
-            self._refuse(places, "off")
-            return "off"
-        chunks = [
-            self._chunk_store(binding, Key(key), int(slot), *places[Key(key)])
-            for key, slot in zip(job.keys, job.chunk_ids, strict=True)
-        ]
-        # vLLM hands over a set: parents before children, so that a crash leaves no gap.
-        chunks.sort(key=lambda chunk: chunk.end_token)
-        if not binding.client.store(job.job_id, chunks):
-            self._refuse(places, "busy")
-            return "busy"
-        self._storing[job.job_id] = places
+        places = request.places(job.keys)
+        if request.use is None:
+            return self._submit_chunks(job, places)
+        self._prove(
+            request.use,
+            functools.partial(self._submit_adapted, job, request, places),
+            patience_s=self._options.store_deadline_s,
+        )
         return None
 
-    def _refuse(self, places: Mapping[Key, Place], reason: str) -> None:
-        """Remember chunks that the store may want later, if there will be a later."""
+    @guarded(lambda: None)
+    def _submit_adapted(
+        self, job: TransferJob, request: TierRequest, places: dict[Key, Place], digest: bytes | None
+    ) -> None:
+        """Submit chunks whose KV was just proved to be of their adapter's content."""
+        self._submit(
+            job, lambda: "adapter" if digest is None else self._submit_chunks(job, places, request)
+        )
+
+    def _submit_chunks(
+        self, job: TransferJob, places: dict[Key, Place], adapted: TierRequest | None = None
+    ) -> str | None:
+        """Submit the chunks of a job, whose places are known, or return why not.
+
+        Those of an adapter are not offered again: by then nobody could say what they were computed with.
+        """
+        if (binding := self._serving()) is None:
+            return self._refuse({} if adapted else places, "off")
+        name = adapted.name if adapted else lambda key: key
+        chunks = []
+        for key, slot in zip(map(Key, job.keys), job.chunk_ids, strict=True):
+            end, parent = places[key]
+            parent = None if parent is None else name(parent)
+            chunks.append(binding.slots.store(name(key), int(slot), end_token=end, parent=parent))
+        # vLLM hands over a set: parents before children, so that a crash leaves no gap.
+        chunks.sort(key=lambda chunk: chunk.end_token)
+        if adapted:
+            self._original_keys.learn({name(Key(key)): Key(key) for key in job.keys})
+        if not binding.client.store(job.job_id, chunks):
+            return self._refuse({} if adapted else places, "busy")
+        self._storing[job.job_id] = {} if adapted else places
+        return None
+
+    def _refuse(self, places: Mapping[Key, Place], reason: str) -> str:
+        """Remember chunks that the store may want later, if there will be a later; returns the reason."""
         if self._off_reason is None and not self._options.read_only:
             self._reoffers.refused(places, reason)
-
-    def _chunk_load(self, binding: _Binding, key: Key, slot: int) -> ChunkLoad:
-        group = kv_group(key)
-        address, spans = self._slot_address(slot), binding.spans[group]
-        return ChunkLoad(
-            key=key,
-            raw_bytes=binding.payload_bytes[group],
-            land=lambda payload: scatter(payload, address, spans),
-        )
-
-    def _chunk_store(
-        self, binding: _Binding, key: Key, slot: int, end: int, parent: Key | None
-    ) -> ChunkStore:
-        group = kv_group(key)
-        address, spans = self._slot_address(slot), binding.spans[group]
-        return ChunkStore(
-            key=key,
-            parent=parent,
-            end_token=end,
-            element_bytes=binding.element_bytes,
-            raw_bytes=binding.payload_bytes[group],
-            fill=lambda payload: gather(payload, address, spans),
-        )
-
-    def _slot_address(self, slot: int) -> int:
-        assert 0 <= slot < self._budget.slots, f"slot {slot} of {self._budget.slots}"
-        return self._slots_address + slot * self._slot_bytes
+        return reason
 
     @guarded(lambda: None)
     def _poll(self) -> None:
+        self._hear_proofs()
         if self._binding is not None:
             for completion in self._binding.client.poll():
                 self._take(completion)
+
+    @guarded(lambda: None)
+    def _hear_proofs(self) -> None:
+        if self._adapters is not None:
+            self._adapters.poll()
 
     @guarded(lambda: None)
     def _take(self, completion: Completion) -> None:
@@ -547,14 +554,17 @@ class PrefixStoreTier(SecondaryTierManager):
                 if (request := self._requests.get(request_id)) is not None:
                     request.lookup.take_verdict(question, completion.present)
             case LoadDone():
-                self._worth.loads.note(completion.landed_bytes, completion.elapsed_s)
+                self._admission.loads.note(completion.landed_bytes, completion.elapsed_s)
                 for reason in completion.missed.values():
                     self._metrics.count(metrics.LOAD_MISSES, reason)
+                originals = self._renamed.pop(completion.ticket, {})
                 self._results.append(
                     JobResult(
                         job_id=completion.ticket,
                         success=not completion.missed,
-                        successful_keys=[OffloadKey(key) for key in completion.landed],
+                        successful_keys=[
+                            OffloadKey(originals.get(key, key)) for key in completion.landed
+                        ],
                         transfer_time=completion.elapsed_s,
                         transfer_bytes=completion.landed_bytes,
                     )
@@ -587,8 +597,3 @@ def _index_dir() -> str | None:
         return str(default_index_dir(os.environ))
     except InvalidError:
         return None
-
-
-def _optional(reason: str | None) -> str | None:
-    """The same, typed as a reason that may be missing."""
-    return reason

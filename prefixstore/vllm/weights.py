@@ -22,7 +22,14 @@ import xxhash
 
 from prefixstore.errors import InvalidError
 
-__all__ = ["WeightDigests", "WeightSource", "identify_weights", "process_start_s"]
+__all__ = [
+    "SETTLED_S",
+    "WeightDigests",
+    "WeightSource",
+    "identify_weights",
+    "links_to",
+    "process_start_s",
+]
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz"})
 CODE_SUFFIXES = frozenset({".py"})
@@ -140,7 +147,7 @@ def identify_weights(source: WeightSource, *, digests: WeightDigests) -> Mapping
     try:
         found = {file.name: digests.digest(file) for file in files}
         # Looked at last: what changes from here on is loaded by a later engine only.
-        for entry in (*_links(path), resolved, *files, *(file.resolve() for file in files)):
+        for entry in (*links_to(path), resolved, *files, *(file.resolve() for file in files)):
             if entry.lstat().st_ctime > source.loaded_since_s:
                 raise InvalidError(
                     f"{entry} changed after this engine's process began, so the weights that it "
@@ -167,7 +174,7 @@ def _files(directory: Path, suffixes: frozenset[str]) -> Iterator[Path]:
             yield path
 
 
-def _links(path: Path) -> list[Path]:
+def links_to(path: Path) -> list[Path]:
     """Return the symbolic links along a path: one that is turned elsewhere replaces all behind it."""
     return [part for part in (path.absolute(), *path.absolute().parents) if part.is_symlink()]
 

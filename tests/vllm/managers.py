@@ -24,6 +24,7 @@ from vllm.v1.kv_offload.config import (
     OffloadingParallelConfig,
 )
 
+from prefixstore.vllm.adapters import AdapterUse
 from prefixstore.vllm.spec import PrefixStoreSpec
 from prefixstore.vllm.tier import PrefixStoreTier
 
@@ -162,9 +163,13 @@ class Driver:
             self.slots[slot][:CHUNK_BYTES] = content(key)
         self.manager.complete_store(set(output.keys_to_store), context)
 
-    def serve(self, name: str, keys: tuple[OffloadKey, ...]) -> int:
-        """Serve one request to its end; returns how many chunks were not computed."""
+    def serve(
+        self, name: str, keys: tuple[OffloadKey, ...], *, use: AdapterUse | None = None
+    ) -> int:
+        """Serve one request, with an adapter or not; returns how many chunks were not computed."""
         context = self.begin(name, keys)
+        if use is not None:
+            self.tier.adapt(name, use)
         hits: int | None = None
 
         def settled() -> bool:

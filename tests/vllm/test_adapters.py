@@ -1,12 +1,13 @@
 """What the store does where an engine's weights are more, or become other, than its namespace says."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from tests.vllm import stores
-from tests.vllm.stores import FLOAT32, LONG, Place, Reference
+from tests.vllm.adapters import make_adapter
+from tests.vllm.conftest import NewPlace
+from tests.vllm.stores import FLOAT32, LONG, PROMPT_CHUNKS, Place, Reference
 
 
 def count_blobs(place: Place) -> int:
@@ -14,31 +15,14 @@ def count_blobs(place: Place) -> int:
     return len(list(place.root.glob("ns/*/*/*/*.kv")))
 
 
-def make_adapter(directory: Path, *, seed: int) -> Path:
-    """Write a LoRA adapter for the tiny Llama: rank 8 on the value projections."""
-    import torch
-    from safetensors.torch import save_file
+# What torch says while it is imported here is not ours.
+pytestmark = pytest.mark.filterwarnings("default")
 
-    torch.manual_seed(seed)
-    tensors = {}
-    for layer in range(4):
-        name = f"base_model.model.model.layers.{layer}.self_attn.v_proj"
-        tensors[f"{name}.lora_A.weight"] = torch.randn(8, 256) * 0.1
-        tensors[f"{name}.lora_B.weight"] = torch.randn(128, 8) * 0.1
-    directory.mkdir(exist_ok=True)
-    save_file(tensors, directory / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA",
-        "r": 8,
-        "lora_alpha": 8,
-        "target_modules": ["v_proj"],
-        "task_type": "CAUSAL_LM",
-    }
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-    return directory
+LORA = {**FLOAT32, "enable_lora": True, "max_lora_rank": 8}
+ADD = "tests.vllm.adapters:add"
+CALL_WORKERS = "tests.vllm.adapters:call_workers"
 
 
-@pytest.mark.filterwarnings("default")  # What torch says while it is imported here is not ours.
 def test_adapters_pass_the_store_by_and_a_reset_turns_it_off(
     filled: Place, tiny_llama: Path, alone: Reference, tmp_path: Path
 ) -> None:
@@ -46,8 +30,7 @@ def test_adapters_pass_the_store_by_and_a_reset_turns_it_off(
 
     After the reset that follows a weight update nothing is loaded or stored any more.
     """
-    llm = {**FLOAT32, "enable_lora": True, "max_lora_rank": 8}
-    with filled.engine(tiny_llama, llm=llm) as engine:
+    with filled.engine(tiny_llama, llm=LORA) as engine:
         path = make_adapter(tmp_path / "adapter", seed=1)
         adapter = {"name": "adapter", "id": 1, "path": str(path)}
         (adapted,) = engine.generate([LONG], lora=adapter)
@@ -63,3 +46,51 @@ def test_adapters_pass_the_store_by_and_a_reset_turns_it_off(
     assert [0, 0] == stores.cached_chunks(after)
     assert "off" == state
     assert stores.CHUNKS == count_blobs(filled)
+
+
+def test_adapters_are_shared_by_content_and_a_replaced_one_is_another(
+    new_place: NewPlace, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """With `adapters=content` the next engine hits; other weights under name and path compute anew.
+
+    Loaded beforehand, as `--lora-modules` has it, even an engine's first request hits. Base model and
+    adapter do not mix.
+    """
+    place = new_place(adapters="content")
+    path = make_adapter(tmp_path / "adapter", seed=1)
+    adapter = {"name": "adapter", "id": 1, "path": str(path)}
+    with place.engine(tiny_llama, llm=LORA) as engine:
+        (cold,) = engine.generate([LONG], lora=adapter)
+        (base,) = engine.generate([LONG])
+        place.await_blobs(2 * PROMPT_CHUNKS[0])
+    with place.engine(tiny_llama, llm=LORA) as engine:
+        assert engine.call(ADD, lora=adapter)
+        (warm,) = engine.generate([LONG], lora=adapter)
+        (warm_base,) = engine.generate([LONG])
+    make_adapter(path, seed=2)
+    with place.engine(tiny_llama, llm=LORA) as engine:
+        assert engine.call(ADD, lora=adapter)
+        (replaced,) = engine.generate([LONG], lora=adapter)
+
+    assert [0, 0] == stores.cached_chunks([cold, base])
+    assert [13, 13] == stores.cached_chunks([warm, warm_base])
+    assert cold.token_ids == warm.token_ids
+    assert base.token_ids == warm_base.token_ids
+    assert [0] == stores.cached_chunks([replaced])
+    assert 3 == len({cold.token_ids, base.token_ids, replaced.token_ids})
+
+
+def test_a_call_that_may_replace_weights_turns_the_store_off(
+    filled: Place, tiny_llama: Path
+) -> None:
+    """`collective_rpc` may reach anything in a worker; methods that only read leave the store on."""
+    with filled.engine(tiny_llama) as engine:
+        assert 1 == engine.call(CALL_WORKERS, method="check_health")
+        before = stores.state_of(engine)
+        assert 1 == engine.call(CALL_WORKERS, method="reload_weights")
+        (after,) = engine.generate([LONG])
+        state = stores.state_of(engine)
+        assert "'reload_weights' of the workers, which may have replaced" in engine.log_text
+
+    assert ("on", "off") == (before, state)
+    assert [0] == stores.cached_chunks([after])

@@ -279,7 +279,10 @@ HARMLESS = (
 
 ELSEWHERE = "the model's path, copied or linked"
 OTHER_KEYS = "`cache_salt`"
-BYPASSED = "an adapter (LoRA), with whatever weights under its name and path"
+BYPASSED = "an adapter (LoRA), by default"
+BY_CONTENT = "an adapter with `adapters=content`"
+REPLACED_ADAPTER = "an adapter replaced while its engine runs"
+CALLED = "weights replaced at run time through `collective_rpc`"
 SWITCHED_OFF = "weights updated at run time, with a reset of the connector's cache"
 
 OFF = (
@@ -466,6 +469,9 @@ def test_the_documents_table_is_these_tests() -> None:
         REPLACED: "store off",
         OTHER_KEYS: "other keys",
         BYPASSED: "passes by",
+        BY_CONTENT: "other keys",
+        REPLACED_ADAPTER: "passes by",
+        CALLED: "store off",
         SWITCHED_OFF: "store off",
     }
     section = DOCS.read_text().partition("## When chunks are shared")[2].partition("\n## ")[0]

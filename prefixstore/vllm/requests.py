@@ -1,0 +1,57 @@
+"""What the tier remembers of one request, from its arrival to its end. Books only."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from vllm.v1.kv_offload.base import OffloadKey, ReqContext
+
+from prefixstore.keys import Key, derive_key
+from prefixstore.vllm.adapters import AdapterUse
+from prefixstore.vllm.compat import request_keys
+from prefixstore.vllm.lookups import Chains, RequestLookup
+from prefixstore.vllm.reoffers import Place
+
+__all__ = ["TierRequest"]
+
+
+@dataclass(slots=True, eq=False)
+class TierRequest:
+    """One request of the engine.
+
+    Attributes:
+        lookup: What was asked and answered of its keys.
+        bypassed: Whether it neither loads nor stores: its KV depends on more than is known.
+        use: Its adapter, if it has one that the store serves.
+    """
+
+    context: ReqContext
+    lookup: RequestLookup = field(default_factory=RequestLookup)
+    bypassed: bool = False
+    use: AdapterUse | None = None
+    _chains: Chains = field(default_factory=Chains)
+
+    @property
+    def may_load(self) -> bool:
+        """Whether what the store may have for it is of what it computes with."""
+        return not self.bypassed and (self.use is None or self.use.may_load)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether ``name`` can tell the store's keys."""
+        return not self.bypassed and (self.use is None or self.use.adapter.digest is not None)
+
+    def name(self, key: Key) -> Key:
+        """Return the key that the store knows a chunk of this request by."""
+        if self.use is None:
+            return key
+        assert self.use.adapter.digest is not None, "proved before its chunks are named"
+        return derive_key(key, self.use.adapter.digest)
+
+    def chain(self) -> list[Key]:
+        """Return vLLM's keys of the whole request."""
+        return [key for key, _ in request_keys(self.context)]
+
+    def places(self, keys: Iterable[OffloadKey]) -> dict[Key, Place]:
+        """Return where chunks of the request are in its prefix."""
+        self._chains.learn(request_keys(self.context, start=len(self._chains)))
+        return {Key(key): self._chains.place(Key(key)) for key in keys}
