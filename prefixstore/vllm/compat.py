@@ -6,11 +6,15 @@ start-up and with a clear message, never while serving.
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
+    OffloadingConnectorScheduler,
+    RequestGroupState,
+)
 from vllm.v1.kv_offload.base import OffloadKey, ReqContext, ScheduleEndContext
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SEAMS",
     "check_version",
+    "forget_blocks",
     "missing_seams",
     "register_name",
     "release_region",
@@ -48,6 +53,7 @@ SEAMS: tuple[tuple[type, str], ...] = (
     (SecondaryTierManager, "submit_store"),
     (SecondaryTierManager, "get_finished_jobs"),
     (TieringOffloadingManager, "reset_cache"),
+    (RequestGroupState, "block_ids"),
 )
 """What is read of vLLM beyond its public interfaces, or was renamed before."""
 RETENTION = "prefix_cache_retention_interval"
@@ -90,6 +96,17 @@ def request_keys(context: ReqContext, *, start: int = 0) -> Iterator[tuple[Key, 
     positions: dict[OffloadKey, int] = context._offload_key_positions  # noqa: SLF001 - see above
     for key, end in itertools.islice(positions.items(), start, None):
         yield Key(key), end
+
+
+def forget_blocks(scheduler: OffloadingConnectorScheduler, request_ids: Iterable[str]) -> None:
+    """Have vLLM forget the blocks of requests that are scheduled as new: they come with their whole list.
+
+    A session that goes on with new input does so a second time, and vLLM appends the list to what it has
+    (offloading/scheduler.py, ``_update_req_states``): what it then stores is read from the wrong blocks.
+    """
+    for request_id in request_ids:
+        for group in scheduler._req_status[request_id].group_states:  # noqa: SLF001 - see above
+            group.block_ids.clear()
 
 
 def set_retention(config: "VllmConfig", caches: "KVCacheConfig", interval: int) -> None:

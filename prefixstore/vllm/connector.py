@@ -33,7 +33,7 @@ from prefixstore.errors import InvalidError, PrefixStoreError
 from prefixstore.index.place import default_index_dir
 from prefixstore.vllm.adapters import Adapters, AdapterUse, lora_settings
 from prefixstore.vllm.backends import WorkerAccount, describe_worker, join_accounts
-from prefixstore.vllm.compat import check_version, missing_seams, register_name
+from prefixstore.vllm.compat import check_version, forget_blocks, missing_seams, register_name
 from prefixstore.vllm.direct.connector import DirectConnector
 from prefixstore.vllm.engine_calls import listen_to_engine
 from prefixstore.vllm.fingerprint import scheduler_fields
@@ -119,6 +119,7 @@ class PrefixStoreConnector(OffloadingConnector):
         self.namespace_fields: Fields | None = None
         self._tier = _find_tier(self) if role is KVConnectorRole.SCHEDULER else None
         self._accounted: dict[str, int] = {}  # Request → tokens that it has from vLLM and from us.
+        self._preemptions: dict[str, int] = {}  # Request → its preemptions when last asked about.
         self._adapters: Adapters | None = None
         missing = missing_seams()
         if self._tier is not None:
@@ -273,6 +274,11 @@ class PrefixStoreConnector(OffloadingConnector):
     def get_num_new_matched_tokens(
         self, request: "Request", num_computed_tokens: int
     ) -> tuple[int | None, bool]:
+        if request.num_preemptions != self._preemptions.get(request.request_id, 0):
+            # vLLM asserts that a request has no load in the step that tells of its preemption; after a
+            # reset with running requests it asks in that very step.
+            self._preemptions[request.request_id] = request.num_preemptions
+            return None, False
         matched, is_async = super().get_num_new_matched_tokens(request, num_computed_tokens)
         if matched is not None:
             self._accounted[request.request_id] = num_computed_tokens
@@ -295,9 +301,16 @@ class PrefixStoreConnector(OffloadingConnector):
 
     @override
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> "KVConnectorMetadata":
+        if not self._forget_blocks(scheduler_output):
+            self._turn_off("vLLM's account of a session's blocks cannot be corrected")
         metadata = super().build_connector_meta(scheduler_output)
         self._begin_step(scheduler_output)
         return metadata
+
+    @guarded(lambda: False)
+    def _forget_blocks(self, scheduler_output: "SchedulerOutput") -> bool:
+        forget_blocks(self.scheduler, [new.req_id for new in scheduler_output.scheduled_new_reqs])
+        return True
 
     @guarded(lambda: None)
     def _begin_step(self, scheduler_output: "SchedulerOutput") -> None:
@@ -310,8 +323,15 @@ class PrefixStoreConnector(OffloadingConnector):
             )
         for request in scheduler_output.scheduled_new_reqs:
             self._check_origin(request.req_id, request.num_computed_tokens)
+            if self._tier is not None and request.mm_features:
+                self._tier.bypass(request.req_id)  # A session's later input may bring a picture.
+        cached = scheduler_output.scheduled_cached_reqs
+        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            if request_id in cached.resumed_req_ids:
+                self._check_origin(request_id, computed)
         for request_id in scheduler_output.finished_req_ids:
             self._accounted.pop(request_id, None)
+            self._preemptions.pop(request_id, None)
         if self._boundaries is not None:
             self._boundaries.end_step(scheduled)
             for request_id in scheduler_output.finished_req_ids:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Boundaries",
     "GroupShape",
+    "check_pooling",
     "check_shape",
     "choose_interval",
     "describe_groups",
@@ -66,6 +67,22 @@ class GroupShape:
     is_state: bool = False
 
 
+def check_pooling(model: Any) -> None:
+    """Refuse a model whose answer needs every token of the prompt computed.
+
+    vLLM turns its own prefix caching off for it, but asks connectors all the same, and a pooler that sees
+    less than the whole prompt ends the engine.
+
+    Raises:
+        InvalidError: It pools over the prompt (MEAN, CLS, STEP) instead of taking its end.
+    """
+    if model.runner_type == "pooling" and not model.is_prefix_caching_supported:
+        raise InvalidError(
+            "prefixstore: this model's pooling needs every token of a prompt computed (its pooler is "
+            "none that takes the last token), so no prefix could be used; run it without prefixstore"
+        )
+
+
 def check_shape(config: "VllmConfig", caches: "KVCacheConfig") -> None:
     """Refuse a model or a way of running it that could not be served right.
 
@@ -73,6 +90,7 @@ def check_shape(config: "VllmConfig", caches: "KVCacheConfig") -> None:
         InvalidError: It would not work, or was never shown to.
     """
     model, parallel = config.model_config, config.parallel_config
+    check_pooling(model)
     if model.is_encoder_decoder:
         raise InvalidError(
             "prefixstore: an encoder-decoder model's KV depends on what its encoder saw, which block "

@@ -38,7 +38,7 @@ def config(*, multimodal: bool = False, **sizes: int) -> Any:
     parallel = {f"{name}_parallel_size": sizes.get(name, 1) for name in SIZES}
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**parallel),
-        model_config=SimpleNamespace(is_multimodal_model=multimodal),
+        model_config=SimpleNamespace(is_multimodal_model=multimodal, runner_type="generate"),
     )
 
 

@@ -45,6 +45,8 @@ def config(**changed: Any) -> Any:
     """Give the parts of a config that a shape is judged by."""
     values = {
         "is_encoder_decoder": False,
+        "is_prefix_caching_supported": True,
+        "runner_type": "generate",
         "use_mla": False,
         "enable_prefix_caching": True,
         "decode_context_parallel_size": 1,
@@ -59,6 +61,11 @@ def config(**changed: Any) -> Any:
 @pytest.mark.parametrize(
     ("changed", "specs", "sentence"),
     [
+        (
+            {"runner_type": "pooling", "is_prefix_caching_supported": False},
+            (FULL,),
+            "every token of a prompt",
+        ),
         ({"is_encoder_decoder": True}, (FULL,), "encoder-decoder"),
         ({"decode_context_parallel_size": 2}, (FULL,), "context parallel"),
         ({"prefill_context_parallel_size": 2}, (FULL,), "context parallel"),

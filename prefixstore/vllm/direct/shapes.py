@@ -13,6 +13,7 @@ from prefixstore.errors import InvalidError
 from prefixstore.tree.buffer import Buffer
 from prefixstore.vllm.direct.ring import stride_bytes
 from prefixstore.vllm.direct.scheduler import ChunkShape
+from prefixstore.vllm.shapes import check_pooling
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,11 +36,12 @@ BUFFERS_MIN = 2
 
 
 def check_topology(config: "VllmConfig") -> None:
-    """Refuse engines whose parts were never tried.
+    """Refuse engines that could not be served, or whose parts were never tried.
 
     Raises:
         InvalidError: Names what is not served.
     """
+    check_pooling(config.model_config)
     parallel = config.parallel_config
     sizes = {
         "pipeline_parallel_size": parallel.pipeline_parallel_size,
