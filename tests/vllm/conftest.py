@@ -4,7 +4,8 @@ import importlib.util
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from tests.vllm import models
 from tests.vllm.engine import Engine, EngineConfig, ForkServer, fork_server
 from tests.vllm.server import ApiServer
-from tests.vllm.stores import CHUNKS, FLOAT32, PROMPTS, Place, Reference
+from tests.vllm.stores import CHUNKS, CPU_BYTES, FLOAT32, PROMPTS, Place, Reference, until
 
 HERE = Path(__file__).parent
 LOGS = pytest.StashKey[list[Path]]()
@@ -92,6 +93,40 @@ def start_engine(
     yield start
     for engine in started:
         engine.kill()
+
+
+@dataclass(frozen=True, slots=True)
+class StartWithFiles:
+    """Starts engines with vLLM's own file tier, always on one directory: what others would answer."""
+
+    directory: Path
+    start: StartEngine
+
+    def __call__(self, model: Path, llm: Mapping[str, Any] = FLOAT32, **fields: Any) -> Engine:
+        """Start one."""
+        extra = {
+            # vLLM's own spec, but for the worker: it has none for CPU platforms.
+            "spec_name": "PrefixStoreSpec",
+            "spec_module_path": "prefixstore.vllm.spec",
+            "cpu_bytes_to_use": CPU_BYTES,
+            "secondary_tiers": [{"type": "fs", "root_dir": str(self.directory)}],
+        }
+        transfer = {
+            "kv_connector": "OffloadingConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": extra,
+        }
+        return self.start(model, llm={**llm, "kv_transfer_config": transfer}, **fields)
+
+    def await_files(self, count: int) -> None:
+        """Wait until so many chunks lie there."""
+        until(lambda: len(list(self.directory.rglob("*.bin"))) >= count, "vLLM's files")
+
+
+@pytest.fixture
+def start_with_files(start_engine: StartEngine, tmp_path: Path) -> StartWithFiles:
+    """Give a function that starts engines with vLLM's own file tier on one new directory."""
+    return StartWithFiles(tmp_path / "files", start_engine)
 
 
 @pytest.fixture

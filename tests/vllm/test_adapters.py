@@ -6,7 +6,7 @@ import pytest
 
 from tests.vllm import stores
 from tests.vllm.adapters import make_adapter
-from tests.vllm.conftest import NewPlace
+from tests.vllm.conftest import NewPlace, StartWithFiles
 from tests.vllm.stores import FLOAT32, LONG, PROMPT_CHUNKS, Place, Reference
 
 
@@ -48,8 +48,8 @@ def test_adapters_pass_the_store_by_and_a_reset_turns_it_off(
     assert stores.CHUNKS == count_blobs(filled)
 
 
-def test_adapters_are_shared_by_content_and_a_replaced_one_is_another(
-    new_place: NewPlace, tiny_llama: Path, tmp_path: Path
+def test_adapters_are_shared_by_content_and_a_replaced_one_misses_where_vllms_own_tier_answers_wrong(
+    new_place: NewPlace, tiny_llama: Path, start_with_files: StartWithFiles, tmp_path: Path
 ) -> None:
     """With `adapters=content` the next engine hits; other weights under name and path compute anew.
 
@@ -67,7 +67,12 @@ def test_adapters_are_shared_by_content_and_a_replaced_one_is_another(
         assert engine.call(ADD, lora=adapter)
         (warm,) = engine.generate([LONG], lora=adapter)
         (warm_base,) = engine.generate([LONG])
+    with start_with_files(tiny_llama, LORA) as engine:
+        engine.generate([LONG], lora=adapter)
+        start_with_files.await_files(13)
     make_adapter(path, seed=2)
+    with start_with_files(tiny_llama, LORA) as engine:
+        (wrong,) = engine.generate([LONG], lora=adapter)
     with place.engine(tiny_llama, llm=LORA) as engine:
         assert engine.call(ADD, lora=adapter)
         (replaced,) = engine.generate([LONG], lora=adapter)
@@ -76,8 +81,8 @@ def test_adapters_are_shared_by_content_and_a_replaced_one_is_another(
     assert [13, 13] == stores.cached_chunks([warm, warm_base])
     assert cold.token_ids == warm.token_ids
     assert base.token_ids == warm_base.token_ids
-    assert [0] == stores.cached_chunks([replaced])
-    assert 3 == len({cold.token_ids, base.token_ids, replaced.token_ids})
+    assert [0, 13] == stores.cached_chunks([replaced, wrong])
+    assert 4 == len({answer.token_ids for answer in (cold, base, replaced, wrong)})
 
 
 def test_a_call_that_may_replace_weights_turns_the_store_off(

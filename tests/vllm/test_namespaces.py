@@ -7,15 +7,12 @@ is asked of it is nearly that engine. All other changes are tried on configs alo
 
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.vllm import models, stores
-from tests.vllm.conftest import StartEngine
-from tests.vllm.engine import Engine
+from tests.vllm.conftest import StartWithFiles
 from tests.vllm.stores import FLOAT32, LONG, PROMPT_CHUNKS, PROMPTS, Place, Reference
 
 STRETCHED = {
@@ -47,35 +44,13 @@ def model(tiny_llama: Path, tmp_path: Path) -> Path:
     return copy
 
 
-@pytest.fixture
-def start_with_files(start_engine: StartEngine, tmp_path: Path) -> Callable[..., Engine]:
-    """Give a function that starts an engine with vLLM's own file tier, always on one directory."""
-    extra = {
-        # vLLM's own spec, but for the worker: it has none for CPU platforms.
-        "spec_name": "PrefixStoreSpec",
-        "spec_module_path": "prefixstore.vllm.spec",
-        "cpu_bytes_to_use": stores.CPU_BYTES,
-        "secondary_tiers": [{"type": "fs", "root_dir": str(tmp_path / "files")}],
-    }
-    transfer = {
-        "kv_connector": "OffloadingConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": extra,
-    }
-
-    def start(model: Path, llm: Any = FLOAT32) -> Engine:
-        return start_engine(model, llm={**llm, "kv_transfer_config": transfer})
-
-    return start
-
-
 def test_other_rope_and_other_weights_miss_where_vllms_own_tier_answers_wrong(
-    filled: Place, model: Path, start_with_files: Callable[..., Engine], tmp_path: Path
+    filled: Place, model: Path, start_with_files: StartWithFiles
 ) -> None:
     """Under one path, RoPE is stretched by an option, then the weights are replaced."""
     with start_with_files(model) as engine:
         engine.generate([LONG])
-        stores.until(lambda: len(list((tmp_path / "files").rglob("*.bin"))) >= 13, "vLLM's files")
+        start_with_files.await_files(13)
     with start_with_files(model, STRETCHED) as engine:
         (stretched_wrong,) = engine.generate([LONG])
     with filled.engine(model, llm=STRETCHED) as engine:
@@ -126,15 +101,22 @@ def test_a_context_length_that_changes_rope_is_another_model(place: Place) -> No
     assert short.token_ids != long.token_ids
 
 
-def test_two_workers_share_no_chunks_with_one(
-    filled: Place, tiny_llama: Path, alone: Reference
+def test_two_workers_share_no_chunks_with_one_where_vllms_own_tier_answers_wrong(
+    filled: Place, tiny_llama: Path, alone: Reference, start_with_files: StartWithFiles
 ) -> None:
-    """Tensor parallel workers cut a chunk otherwise; vLLM's own tier hits here and answers wrong."""
+    """Tensor parallel workers cut a chunk otherwise, under the same hashes and in chunks of one size."""
     llm = {**FLOAT32, "tensor_parallel_size": 2}
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    with filled.engine(tiny_llama, llm=llm, env=env, multiprocess=True) as engine:
+    workers = {"env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, "multiprocess": True}
+    with start_with_files(tiny_llama) as engine:
+        engine.generate([LONG])
+        start_with_files.await_files(13)
+    with start_with_files(tiny_llama, llm, **workers) as engine:
+        (wrong,) = engine.generate([LONG])
+    with filled.engine(tiny_llama, llm=llm, **workers) as engine:
         cold = engine.generate_each(PROMPTS)
         stores.until(lambda: count_blobs(filled) == 2 * stores.CHUNKS, "chunks of their own")
 
     assert [0, 7, 0] == stores.cached_chunks(cold)
     assert alone.cold[0].token_ids[:4] == cold[0].token_ids[:4], "the same model, cut in two"
+    assert [13] == stores.cached_chunks([wrong])
+    assert cold[0].token_ids[:4] != wrong.token_ids[:4]
