@@ -47,6 +47,8 @@ IDS_MAX = 65536
 """Ids of vLLM's for them that are remembered: each load by a server's clients takes a new one."""
 WAITING_MAX = 256
 """Proofs that may wait: one takes a few opens. More wait only where the filesystem hangs."""
+FIRST_PROOF_S = 2.0
+"""How long requests wait while the content of an adapter that was just loaded is read: some GB."""
 CAPACITIES = frozenset({"max_loras", "max_cpu_loras", "default_mm_loras"})
 """Settings that decide how many adapters fit or which is taken, and nothing of what one computes."""
 
@@ -94,6 +96,10 @@ class AdapterUse:
     def may_load(self) -> bool:
         """Whether what is computed on with is surely of the content that the digest tells."""
         return self.stay.is_proven and not self.stay.is_over
+
+    def may_load_soon(self, now_s: float) -> bool:
+        """Whether a proof is under way that lets it load."""
+        return now_s < self.stay.decided_by_s and not self.stay.is_over
 
 
 @dataclass(slots=True, eq=False)
@@ -162,8 +168,9 @@ class Adapters:
         return AdapterUse(adapter, lora.lora_int_id, self._residency.mention(lora.lora_int_id))
 
     def loaded(self, use: AdapterUse) -> None:
-        """Note that the workers have loaded an adapter since it was mentioned. Nothing waits for it."""
+        """Note that the workers have loaded an adapter since it was mentioned."""
         if use.adapter.files is not None:
+            use.stay.decided_by_s = self._clock.monotonic_s() + FIRST_PROOF_S
             self._ask(_Proof(use, lambda _digest: None, deadline_s=0.0))
 
     def removed(self, adapter_id: int) -> None:
@@ -245,6 +252,7 @@ class Adapters:
     def _answer(self) -> None:
         while (proof := self._asked.get()) is not None:
             proof.digest = self._try_proof(proof.use)
+            proof.use.stay.decided_by_s = 0.0
             proof.is_done = True
 
     def _try_proof(self, use: AdapterUse) -> bytes | None:

@@ -8,7 +8,7 @@ from vllm.v1.kv_offload.base import OffloadKey, ReqContext
 from prefixstore.keys import Key, derive_key
 from prefixstore.vllm.adapters import AdapterUse
 from prefixstore.vllm.compat import request_keys
-from prefixstore.vllm.lookups import Chains, RequestLookup
+from prefixstore.vllm.lookups import Answer, Chains, RequestLookup
 from prefixstore.vllm.reoffers import Place
 
 __all__ = ["TierRequest"]
@@ -30,10 +30,16 @@ class TierRequest:
     use: AdapterUse | None = None
     _chains: Chains = field(default_factory=Chains)
 
-    @property
-    def may_load(self) -> bool:
-        """Whether what the store may have for it is of what it computes with."""
-        return not self.bypassed and (self.use is None or self.use.may_load)
+    def refuse(self, now_s: float) -> Answer | None:
+        """Answer all questions alike while nothing may be loaded; None: ask the store.
+
+        What may be loaded has to be of what the request computes with.
+        """
+        if self.bypassed:
+            return Answer.MISS
+        if self.use is None or self.use.may_load:
+            return None
+        return Answer.RETRY if self.use.may_load_soon(now_s) else Answer.MISS
 
     @property
     def is_named(self) -> bool:

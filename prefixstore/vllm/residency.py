@@ -22,11 +22,14 @@ class Stay:
         others: Adapters that may have been used since this one was used last.
         is_proven: Whether it was loaded in this stay, with the content that its files are known by.
         is_over: Whether it may have left.
+        decided_by_s: Until when on the monotonic clock a proof may still come that was asked for as soon
+            as it was loaded; requests wait for it.
     """
 
     others: set[int] = field(default_factory=set)
     is_proven: bool = False
     is_over: bool = False
+    decided_by_s: float = 0.0
 
 
 class Residency:

@@ -249,20 +249,20 @@ class PrefixStoreTier(SecondaryTierManager):
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         binding = self._serving()
         request = self._requests.get(req_context.req_id)
-        if binding is None or request is None or not request.may_load:
+        if binding is None or request is None:
             return LookupResult.MISS
+        now_s = self._clock.monotonic_s()
+        if (refusal := request.refuse(now_s)) is not None:
+            return ANSWERS[refusal]
         end_token = req_context.get_offload_key_position(key)
         if end_token is None or kv_group(Key(key)) not in binding.slots.spans:
             return LookupResult.MISS
         if request.lookup.undecided:
+            sizes = binding.slots.payload_bytes
             self._admission.decide(
-                req_context.req_id,
-                request.lookup,
-                payload_bytes=binding.slots.payload_bytes,
-                now_s=self._clock.monotonic_s(),
+                req_context.req_id, request.lookup, payload_bytes=sizes, now_s=now_s
             )
-        answer = request.lookup.ask(Key(key), end_token)
-        if answer is Answer.RETRY:
+        if (answer := request.lookup.ask(Key(key), end_token)) is Answer.RETRY:
             self._asking.add(req_context.req_id)
         return ANSWERS[answer]
 

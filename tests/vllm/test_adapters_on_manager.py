@@ -1,5 +1,6 @@
 """Requests with an adapter below vLLM's real manager: their chunks go by keys of their own."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from vllm.lora.request import LoRARequest
 
 from prefixstore.keys import Key, derive_key
 from prefixstore.vllm import adapter_files
+from prefixstore.vllm.adapter_files import AdapterFiles
 from prefixstore.vllm.adapters import Adapters, AdapterUse
 from prefixstore.vllm.weights import WeightDigests
 from tests.vllm.managers import Driver, prompt, stored_in
@@ -80,11 +82,33 @@ def test_an_adapters_chunks_are_found_by_the_next_engine_under_keys_of_their_own
     assert adapted | set(KEYS) == stored_in(tmp_path / "root")
 
 
+def test_a_request_right_after_a_load_waits_for_the_proof(
+    drive, lora: LoRARequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its adapter's content is being read; it is asked again, and then hits."""
+    warm = Engine(drive)
+    warm.serve("warm", lora)
+    warm.driver.settle()
+    check, answers = AdapterFiles.check, threading.Event()
+    monkeypatch.setattr(AdapterFiles, "check", lambda self: (answers.wait(), check(self))[1])
+    engine = Engine(drive)
+    engine.adapters.loaded(engine.adapters.mention(lora))
+    context = engine.driver.begin("r1", KEYS)
+    engine.driver.tier.adapt("r1", engine.begin("r1", lora))
+
+    while_reading = engine.driver.scan(context, KEYS)
+    answers.set()
+    engine.driver._until(
+        lambda: engine.driver.scan(context, KEYS) == 6 or engine.driver.end_step(), "the hits"
+    )
+
+    assert while_reading is None
+
+
 def test_without_a_load_beforehand_the_first_request_computes_and_the_second_hits(
     drive, lora: LoRARequest
 ) -> None:
-    """What it computes is stored, or was there already: either proves what the worker holds."""
-    Engine(drive).serve("warm", lora)
+    """What it computes is stored: that proves what the worker holds."""
     engine = Engine(drive)
 
     assert 0 == engine.serve("r1", lora)
