@@ -117,9 +117,13 @@ class Place:
             "kv_connector_module_path": "prefixstore.vllm.connector",
             "kv_role": "kv_both",
             "kv_connector_extra_config": {
-                "root": str(self.root),
-                "cpu_bytes_to_use": CPU_BYTES,
-                **options,
+                name: value
+                for name, value in {
+                    "root": str(self.root),
+                    "cpu_bytes_to_use": CPU_BYTES,
+                    **options,
+                }.items()
+                if value is not None
             },
         }
 

@@ -1,16 +1,19 @@
 """Beside another connector under vLLM's MultiConnector: works, or says why not."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.vllm import stores
-from tests.vllm.engine import Engine
+from tests.vllm.engine import Engine, EngineError
 from tests.vllm.stores import FLOAT32, LONG, Place
 
 
-def beside(place: Place, model: Path, *, state: str, **options: Any) -> Engine:
+def beside(
+    place: Place, model: Path, *, state: str, ours: Mapping[str, Any] = {}, **options: Any
+) -> Engine:
     """Start an engine with a companion before prefixstore, and wait for the store's state."""
     companion = {
         "kv_connector": "CompanionConnector",
@@ -21,7 +24,7 @@ def beside(place: Place, model: Path, *, state: str, **options: Any) -> Engine:
     transfer = {
         "kv_connector": "MultiConnector",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"connectors": [companion, place.transfer({})]},
+        "kv_connector_extra_config": {"connectors": [companion, place.transfer(ours)]},
     }
     engine = place.start(
         model,
@@ -63,3 +66,10 @@ def test_what_cannot_be_vouched_for_turns_the_store_off(
         assert sentence in engine.log_text
 
     assert {} == place.blobs()
+
+
+def test_the_direct_path_refuses_to_start_beside_another(place: Place, tiny_llama: Path) -> None:
+    """VLLM would fail requests whose load fails there, and nothing tells who loaded what."""
+    ours = {"mode": "direct", "cpu_bytes_to_use": None}
+    with pytest.raises(EngineError, match="mode=direct cannot run inside MultiConnector"):
+        beside(place, tiny_llama, state="on", ours=ours)

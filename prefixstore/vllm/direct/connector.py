@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
+from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -24,7 +25,7 @@ from prefixstore.vllm import metrics
 from prefixstore.vllm.direct.messages import StepOrders, StepReport
 from prefixstore.vllm.direct.opening import open_worker
 from prefixstore.vllm.direct.scheduler import DirectScheduler
-from prefixstore.vllm.direct.shapes import check_topology, chunk_shape
+from prefixstore.vllm.direct.shapes import check_alone, check_topology, chunk_shape
 from prefixstore.vllm.direct.worker import OPEN_PATIENCE_S
 from prefixstore.vllm.guard import guarded
 from prefixstore.vllm.options import check_options
@@ -114,6 +115,7 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
         self._clock = SystemClock()
         self._metrics = metrics.TierMetrics()
         check_topology(vllm_config)
+        check_alone(get_current_vllm_config_or_none())
         self._blocks_per_chunk = int(extra.get("blocks_per_chunk", 1))
         shape = chunk_shape(kv_cache_config, blocks=self._blocks_per_chunk)
         self._rank = vllm_config.parallel_config.rank

@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from prefixstore.vllm.direct.pages import Pages
     from prefixstore.vllm.options import TierOptions
 
-__all__ = ["Memory", "check_topology", "chunk_shape", "divide_memory", "layout_field"]
+__all__ = [
+    "Memory",
+    "check_alone",
+    "check_topology",
+    "chunk_shape",
+    "divide_memory",
+    "layout_field",
+]
 
 LAYOUT_SCHEME = 1
 """Version of the payload's order (``prefixstore.vllm.direct.pages``)."""
@@ -56,6 +63,25 @@ def check_topology(config: "VllmConfig") -> None:
             )
     if config.model_config.is_multimodal_model:
         raise InvalidError("mode=direct was not tried with multimodal models: use mode=tier")
+
+
+def check_alone(engine: "VllmConfig | None") -> None:
+    """Refuse to run inside another connector.
+
+    Args:
+        engine: The engine's own config, where it is known: in workers. A connector inside another is given a
+            copy with its own options.
+
+    Raises:
+        InvalidError: Inside another connector.
+    """
+    transfer = engine.kv_transfer_config if engine is not None else None
+    if transfer is not None and transfer.kv_connector != "PrefixStoreConnector":
+        raise InvalidError(
+            f"mode=direct cannot run inside {transfer.kv_connector}: a load that fails there fails its "
+            "request, and KV that another connector loaded could not be told from computed KV. Use "
+            "mode=tier"
+        )
 
 
 def chunk_shape(caches: "KVCacheConfig", *, blocks: int) -> ChunkShape:
