@@ -40,7 +40,7 @@ from prefixstore.vllm.fingerprint import scheduler_fields
 from prefixstore.vllm.guard import guarded
 from prefixstore.vllm.layout import join_workers
 from prefixstore.vllm.options import MachineMemory, expand
-from prefixstore.vllm.shapes import check_shape, keep_windows
+from prefixstore.vllm.shapes import check_shape, keep_windows, name_unseen
 from prefixstore.vllm.spec import PrefixStoreSpec
 from prefixstore.vllm.tier import PrefixStoreTier
 from prefixstore.vllm.weights import WeightDigests
@@ -107,6 +107,14 @@ class PrefixStoreConnector(OffloadingConnector):
         check_version()
         _expand_options(vllm_config)
         check_shape(vllm_config, kv_cache_config)
+        if role is KVConnectorRole.SCHEDULER and (
+            unseen := name_unseen(vllm_config, kv_cache_config)
+        ):
+            logger.warning(
+                "prefixstore was never run with %s: compare answers with and without it before you "
+                "rely on them",
+                ", ".join(unseen),
+            )
         self._boundaries = (
             keep_windows(vllm_config, kv_cache_config)
             if role is KVConnectorRole.SCHEDULER and _shares_prefixes(vllm_config)

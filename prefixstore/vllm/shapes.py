@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
@@ -39,11 +41,14 @@ __all__ = [
     "choose_interval",
     "describe_groups",
     "keep_windows",
+    "name_unseen",
     "stored_bytes",
 ]
 
 logger = logging.getLogger("prefixstore")
 
+SEEN_STATE = MambaAttentionBackendEnum.GDN_ATTN
+"""The kind of state that the tests see come back right; vLLM's CPU engine runs no other."""
 INTERVAL_SMALLEST = 256
 """Tokens. Below this a prompt gains less from a nearer boundary than its windows cost to write."""
 INTERVAL_LARGEST = 1024
@@ -129,6 +134,27 @@ def check_shape(config: "VllmConfig", caches: "KVCacheConfig") -> None:
             "their blocks: set enable_prefix_caching (--enable-prefix-caching), or run without "
             "prefixstore"
         )
+    if current_platform.is_cpu() and MambaAttentionBackendEnum.SHORT_CONV in _states(specs):
+        raise InvalidError(
+            "prefixstore: vLLM's build for CPUs computes short convolutions (LFM2) differently from run "
+            "to run, so what one run stores is not what another would compute; run it without "
+            "prefixstore"
+        )
+
+
+def name_unseen(config: "VllmConfig", caches: "KVCacheConfig") -> list[str]:
+    """Name what this model keeps that no engine was ever seen to get back right, for its log."""
+    specs = [spec for group in caches.kv_cache_groups for spec in _layer_specs(group.kv_cache_spec)]
+    unseen = {f"states of {state.name}" for state in _states(specs) - {SEEN_STATE}}
+    if config.model_config.use_mla:
+        unseen.add("latent attention (MLA)")
+    if any(isinstance(spec, ChunkedLocalAttentionSpec) for spec in specs):
+        unseen.add("chunked local attention")
+    return sorted(unseen)
+
+
+def _states(specs: Sequence[Any]) -> set[MambaAttentionBackendEnum]:
+    return {spec.mamba_type for spec in specs if isinstance(spec, MambaSpec)}
 
 
 def describe_groups(caches: "KVCacheConfig", *, blocks_per_chunk: int) -> list[GroupShape]:

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     CrossAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
+    MambaSpec,
     SlidingWindowSpec,
 )
 
@@ -21,12 +24,17 @@ from prefixstore.vllm.shapes import (
     check_shape,
     choose_interval,
     describe_groups,
+    name_unseen,
     stored_bytes,
 )
 
 FULL = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
 WINDOW = SlidingWindowSpec(
     block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16, sliding_window=1024
+)
+
+LOCAL = ChunkedLocalAttentionSpec(
+    block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16, attention_chunk_size=256
 )
 
 
@@ -81,6 +89,40 @@ def test_what_cannot_be_served_is_refused_by_name(
     check_shape(config(), caches(*specs))
     with pytest.raises(InvalidError, match=sentence):
         check_shape(config(**changed), caches(*specs))
+
+
+def state(kind: str) -> MambaSpec:
+    """Give a layer that keeps a state."""
+    return MambaSpec(
+        block_size=16,
+        shapes=((4, 64),),
+        dtypes=(torch.bfloat16,),
+        mamba_type=MambaAttentionBackendEnum[kind],
+        mamba_cache_mode="align",
+    )
+
+
+def test_states_that_differ_from_run_to_run_are_refused_where_they_do() -> None:
+    """On the CPU vLLM's short convolutions depend on what memory held before; its other states do not."""
+    check_shape(config(), caches(FULL, state("GDN_ATTN")))
+    with pytest.raises(InvalidError, match="short convolutions"):
+        check_shape(config(), caches(FULL, state("SHORT_CONV")))
+
+
+@pytest.mark.parametrize(
+    ("changed", "specs", "unseen"),
+    [
+        ({}, (FULL, WINDOW, state("GDN_ATTN")), []),
+        ({}, (FULL, state("MAMBA2")), ["states of MAMBA2"]),
+        ({"use_mla": True}, (FULL,), ["latent attention (MLA)"]),
+        ({}, (FULL, LOCAL), ["chunked local attention"]),
+    ],
+)
+def test_what_no_engine_was_seen_to_get_back_right_is_named(
+    changed: dict[str, Any], specs: tuple[Any, ...], unseen: list[str]
+) -> None:
+    """It is served, since pages are stored as they are, and the log says that nobody has tried."""
+    assert unseen == name_unseen(config(**changed), caches(*specs))
 
 
 def test_a_kind_of_kv_that_is_new_is_refused() -> None:
