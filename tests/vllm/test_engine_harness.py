@@ -3,75 +3,69 @@
 import os
 import random
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.vllm import models
 from tests.vllm.conftest import StartEngine, StartServer
-from tests.vllm.engine import EngineError
+from tests.vllm.engine import Engine, EngineConfig, EngineError, ForkServer
 from tests.vllm.server import vllm_command
+from tests.vllm.stores import FLOAT32, LONG, Reference
 
 # Five full blocks of 128 tokens and a tail.
 DRAW = random.Random(7)
 PROMPT = tuple(DRAW.randrange(100, models.VOCAB_SIZE) for _ in range(700))
 
 
-def test_two_processes_agree_on_every_token(start_engine: StartEngine, tiny_llama: Path) -> None:
+@pytest.fixture(scope="module")
+def engine(
+    forks: ForkServer, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
+    """Give one engine to all that leave it as it was."""
+    config = EngineConfig(model=tiny_llama, llm=FLOAT32)
+    log = tmp_path_factory.mktemp("harness") / "engine.log"
+    with Engine.start(config, log=log, server=forks) as started:
+        yield started
+
+
+def test_two_processes_agree_on_every_token(engine: Engine, alone: Reference) -> None:
     """The same prompt gives the same tokens and logprobs in two engine processes."""
-    answers = []
-    for _ in range(2):
-        with start_engine(tiny_llama, llm={"dtype": "float32"}) as engine:
-            answers += engine.generate([PROMPT], logprobs=1)
-    assert answers[0].token_ids == answers[1].token_ids
-    assert answers[0].logprobs == answers[1].logprobs
-    assert len(set(answers[0].token_ids)) > 4, "the model must not repeat itself"
+    (answer,) = engine.generate([LONG], logprobs=1)
+
+    assert alone.cold[0].token_ids == answer.token_ids
+    assert alone.cold[0].logprobs == answer.logprobs
+    assert len(set(answer.token_ids)) > 4, "the model must not repeat itself"
 
 
 def test_a_forked_engine_answers_as_a_fresh_one(
-    start_engine: StartEngine, tiny_llama: Path
+    start_engine: StartEngine, tiny_llama: Path, alone: Reference
 ) -> None:
     """An engine forked from the preloaded parent computes what a fresh interpreter computes."""
-    with start_engine(tiny_llama, llm={"dtype": "float32"}) as engine:
-        (forked,) = engine.generate([PROMPT], logprobs=1)
-    with start_engine(tiny_llama, llm={"dtype": "float32"}, fresh=True) as engine:
-        (fresh,) = engine.generate([PROMPT], logprobs=1)
-    assert fresh.token_ids == forked.token_ids
-    assert fresh.logprobs == forked.logprobs
+    with start_engine(tiny_llama, llm=FLOAT32, fresh=True) as engine:
+        (fresh,) = engine.generate([LONG], logprobs=1)
+    assert alone.cold[0].token_ids == fresh.token_ids
+    assert alone.cold[0].logprobs == fresh.logprobs
 
 
-def test_the_engines_own_cache_is_seen_and_reset(
-    start_engine: StartEngine, tiny_llama: Path
-) -> None:
+def test_the_engines_own_cache_is_seen_and_reset(engine: Engine) -> None:
     """Cached tokens are reported, and gone after a reset of the prefix cache."""
-    with start_engine(tiny_llama, llm={"dtype": "float32"}) as engine:
-        cached = [engine.generate([PROMPT])[0].cached_tokens for _ in range(2)]
-        assert engine.reset_prefix_cache()
-        cached.append(engine.generate([PROMPT])[0].cached_tokens)
-        queries = engine.metrics()["vllm:prefix_cache_queries"]
+    before = engine.metrics()["vllm:prefix_cache_queries"]
+    cached = [engine.generate([PROMPT])[0].cached_tokens for _ in range(2)]
+    assert engine.reset_prefix_cache()
+    cached.append(engine.generate([PROMPT])[0].cached_tokens)
+    queries = engine.metrics()["vllm:prefix_cache_queries"] - before
     assert cached == [0, 640, 0]
     assert queries == 2100
 
 
-def test_a_batch_keeps_the_order_of_its_prompts(
-    start_engine: StartEngine, tiny_llama: Path
-) -> None:
+def test_a_batch_keeps_the_order_of_its_prompts(engine: Engine) -> None:
     """A batch answers each prompt as it answers it alone."""
     prompts = [PROMPT[:300], PROMPT[100:150], "Once upon a time"]
-    with start_engine(tiny_llama, llm={"dtype": "float32"}) as engine:
-        alone = [answer.token_ids[:4] for answer in engine.generate_each(prompts)]
-        together = [answer.token_ids[:4] for answer in engine.generate(prompts)]
+    alone = [answer.token_ids[:4] for answer in engine.generate_each(prompts)]
+    together = [answer.token_ids[:4] for answer in engine.generate(prompts)]
     assert together == alone
-
-
-def test_multiprocess_engine_runs_and_quits(start_engine: StartEngine, tiny_llama: Path) -> None:
-    """With EngineCore in a process of its own the answers are the same, and it ends in order."""
-    with start_engine(tiny_llama, llm={"dtype": "float32"}) as engine:
-        (expected,) = engine.generate([PROMPT])
-    engine = start_engine(tiny_llama, llm={"dtype": "float32"}, multiprocess=True)
-    (answer,) = engine.generate([PROMPT])
-    assert engine.quit() == 0
-    assert answer.token_ids == expected.token_ids
 
 
 def test_kill_in_the_middle_of_a_generation(start_engine: StartEngine, tiny_llama: Path) -> None:
@@ -102,16 +96,3 @@ def test_the_api_server_streams_counts_and_stops(
     assert (second.text, second.cached_tokens) == (first.text, 640)
     assert server.metrics()["vllm:prefix_cache_hits_total"] == 640
     assert server.stop() == 0
-
-
-@pytest.mark.parametrize("name", ["mistral", "gemma3", "gpt-oss"])
-def test_tiny_models_depend_on_their_context(start_engine: StartEngine, name: str) -> None:
-    """Each tiny model runs, and its logprobs change with a token far back in the prompt."""
-    near, far = PROMPT[:600], (5, *PROMPT[1:600])
-    with start_engine(models.tiny(name), llm={"dtype": "float32"}) as engine:
-        (first,) = engine.generate([near], logprobs=1)
-        (again,) = engine.generate([near], logprobs=1)
-        (other,) = engine.generate([far], logprobs=1)
-    assert again.token_ids == first.token_ids
-    assert other.logprobs != first.logprobs
-    assert len(set(first.token_ids)) > 4, "the model must not repeat itself"

@@ -109,6 +109,8 @@ SHAPES = (
 
 SHARING = (*LONG[:809], *stores.tokens(502, 300))
 """Another prompt that begins as LONG does."""
+OTHERWISE = (*LONG[:1000], 5, *LONG[1001:])
+"""LONG but for one token far back, as far as four layers of windows can see."""
 DO_NOT_STORE = {"extra_args": {"kv_transfer_params": {"max_offload_tokens": 0}}}
 
 
@@ -123,6 +125,7 @@ def test_each_shape_of_model_answers_the_same_from_the_store(place: Place, shape
         engine.reset_prefix_cache()
         (cold,) = engine.generate([LONG], logprobs=1)
         blobs = _settled(place)
+        (other,) = engine.generate([OTHERWISE], logprobs=1, sampling=DO_NOT_STORE)
     with place.engine(model, llm=llm) as engine:
         answers = engine.generate_each([SHARING, LONG], logprobs=1)
         assert {} == stores.labelled(engine, "vllm:prefixstore_load_misses", "reason")
@@ -140,6 +143,8 @@ def test_each_shape_of_model_answers_the_same_from_the_store(place: Place, shape
     assert [0, 0] == [sharing.cached_tokens, cold.cached_tokens]
     assert 13 * stores.BLOCK_TOKENS == answers[1].cached_tokens
     assert stores.outputs([sharing, cold]) == stores.outputs(answers)
+    assert other.logprobs != cold.logprobs, "what is far back must matter, or nothing is shown"
+    assert len(set(cold.token_ids)) > 4, "a model that repeats itself"
 
 
 def test_the_table_of_the_docs_is_what_is_run() -> None:
