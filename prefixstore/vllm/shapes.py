@@ -49,6 +49,10 @@ logger = logging.getLogger("prefixstore")
 
 SEEN_STATE = MambaAttentionBackendEnum.GDN_ATTN
 """The kind of state that the tests see come back right; vLLM's CPU engine runs no other."""
+
+WINDOWED = (SlidingWindowSpec, ChunkedLocalAttentionSpec, MambaSpec)
+"""Kinds of KV of which vLLM keeps only a part, where a prompt goes on."""
+
 INTERVAL_SMALLEST = 256
 """Tokens. Below this a prompt gains less from a nearer boundary than its windows cost to write."""
 INTERVAL_LARGEST = 1024
@@ -118,6 +122,15 @@ def check_shape(config: "VllmConfig", caches: "KVCacheConfig") -> None:
         raise InvalidError(
             "prefixstore: this model keeps nothing that another request could use (no KV cache that "
             "vLLM can share); run it without prefixstore"
+        )
+    blocks_per_chunk = _blocks_per_chunk(config, caches)
+    if blocks_per_chunk > 1 and any(isinstance(spec, WINDOWED) for spec in specs):
+        # A chunk whose first blocks have left the window comes without them, and vLLM's account of a
+        # transfer can say so for the first chunk only: the others' blocks land in the wrong places.
+        raise InvalidError(
+            f"prefixstore: blocks_per_chunk={blocks_per_chunk} on a model with sliding windows or "
+            "states, whose chunks vLLM may store in part and load wrongly; use blocks_per_chunk=1, "
+            "the default"
         )
     if not config.cache_config.enable_prefix_caching and model.use_mla:
         # vLLM's CPU build does so by itself (platforms/cpu.py): its prefill sees only new tokens. It

@@ -33,6 +33,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheTensor,
+    SlidingWindowSpec,
 )
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -40,9 +41,19 @@ from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunne
 
 TOKENS = 16
 LANES = 4
-LAYER = "model.layers.0.self_attn.attn"
+LAYERS = ("model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn")
 VOCABULARY = 40
 PATIENCE_S = 20.0
+
+BOOKS = frozenset(
+    {
+        "requests", "_requests", "_questions", "_asking", "_results", "_storing", "_renamed",
+        "_accounted", "_preemptions", "_promised", "_waits_since_s", "_req_status", "_req_state",
+        "_jobs", "_finds", "_stores", "_loads", "_chunks", "_stores_waiting", "_batches",
+        "_keys_storing", "_unread", "_held", "_failed_blocks", "_finds_waiting",
+    }
+)  # fmt: skip
+"""Attributes that tell of requests and transfers under way, in vLLM's scheduler and in ours."""
 
 
 def chain(tokens: Sequence[int]) -> list[int]:
@@ -54,11 +65,10 @@ def chain(tokens: Sequence[int]) -> list[int]:
     return out
 
 
-def slots(digests: Sequence[int]) -> np.ndarray:
-    """Return the KV of tokens with these digests: one row each."""
-    return (
-        np.asarray(digests, dtype=np.int32)[:, None] + np.arange(LANES, dtype=np.int32) * 0x01010101
-    )
+def slots(digests: Sequence[int], *, group: int = 0) -> np.ndarray:
+    """Return the KV of tokens with these digests, in one KV group: one row each."""
+    lanes = np.arange(LANES, dtype=np.int32) * 0x01010101 + group * 0x00030507
+    return np.asarray(digests, dtype=np.int32)[:, None] + lanes
 
 
 @dataclass
@@ -66,7 +76,7 @@ class _Row:
     """What a model runner remembers of one request."""
 
     tokens: list[int]
-    blocks: list[int]
+    blocks: list[list[int]]  # Of each KV group.
 
 
 @dataclass
@@ -78,12 +88,14 @@ class Machine:
         options: Of the connector.
         blocks: Of the device's KV cache, 16 tokens each.
         ahead: How many steps are scheduled before the output of the first is taken.
+        windows: For each KV group, the tokens of its sliding window; None: full attention.
     """
 
     model: Path
     options: dict[str, Any]
     blocks: int = 64
     ahead: int = 0
+    windows: Sequence[int | None] = (None,)
     engine: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, _Row] = field(default_factory=dict)
     answers: dict[str, list[int]] = field(default_factory=dict)
@@ -113,19 +125,18 @@ class Machine:
         ).create_engine_config()
         config.cache_config.num_gpu_blocks = self.blocks
         self.config = config
-        spec = FullAttentionSpec(
-            block_size=TOKENS, num_kv_heads=1, head_size=LANES // 2, dtype=torch.float32
-        )
-        size = self.blocks * spec.page_size_bytes
+        specs = [_spec(window) for window in self.windows]
+        layers = list(LAYERS[: len(specs)])
+        size = self.blocks * specs[0].page_size_bytes
         self.caches = KVCacheConfig(
             num_blocks=self.blocks,
             kv_cache_tensors=[
-                KVCacheTensor(
-                    size=size,
-                    **_placement(size, spec.page_size_bytes),
-                )
+                KVCacheTensor(size=size, **_placement(layer, size, specs[0].page_size_bytes))
+                for layer in layers
             ],
-            kv_cache_groups=[KVCacheGroupSpec([LAYER], spec)],
+            kv_cache_groups=[
+                KVCacheGroupSpec([layer], spec) for layer, spec in zip(layers, specs, strict=True)
+            ],
             hash_block_size=TOKENS,
         )
         self.memory = torch.zeros((self.blocks, TOKENS * LANES), dtype=torch.float32)
@@ -134,7 +145,7 @@ class Machine:
             self.worker = KVConnectorFactory.create_connector(
                 config, KVConnectorRole.WORKER, self.caches
             )
-            self.worker.register_kv_caches({LAYER: self.memory})
+            self.worker.register_kv_caches(dict.fromkeys(layers, self.memory))
             kind = AsyncScheduler if self.ahead else Scheduler
             self.scheduler = kind(
                 config,
@@ -227,15 +238,35 @@ class Machine:
         count = 0
         for path in sorted(root.glob("ns/*/*/*/*.kv")):
             key = bytes.fromhex(path.stem)
-            tokens = self.prefixes[key[:-4]]
+            tokens, group = self.prefixes[key[:-4]], int.from_bytes(key[-4:], "big")
             length = TOKENS * int(self.options.get("blocks_per_chunk", 1))
             payload = np.frombuffer(path.read_bytes()[4096:], dtype=np.int32)
-            expected = slots(chain(tokens)[-length:]).ravel()
+            expected = slots(chain(tokens)[-length:], group=group).ravel()
             np.testing.assert_array_equal(
                 expected, payload[: expected.size], f"the blob of {path.stem}"
             )
             count += 1
         return count
+
+    def left_behind(self) -> list[str]:
+        """Name the books that an idle engine still keeps of requests, and blocks that it still holds."""
+        scheduler, connector = self.scheduler, self.connector
+        owners = [scheduler]
+        if self.is_direct:
+            owners += [connector._scheduler, self.worker._worker]
+            assert len(self.worker._worker._ring.free) == self.worker._worker._ring.count
+        else:
+            offloading = connector.connector_scheduler
+            owners += [connector, connector._tier, connector._tier._admission, offloading]
+            owners += [connector._tier._admission._budget, offloading.manager]
+        kept = [
+            f"{type(owner).__name__}.{name}: {len(value)}"
+            for owner in owners
+            for name, value in vars(owner).items()
+            if name in BOOKS and len(value)
+        ]
+        free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+        return kept if free == self.blocks - 1 else [*kept, f"{self.blocks - 1 - free} blocks"]
 
     def close(self) -> None:
         """Shut down as an engine does."""
@@ -291,7 +322,9 @@ class Machine:
         for new in output.scheduled_new_reqs:
             if new.req_id not in self.rows:
                 self.loaded_tokens += new.num_computed_tokens
-            self.rows[new.req_id] = _Row(list(new.prompt_token_ids), list(new.block_ids[0]))
+            self.rows[new.req_id] = _Row(
+                list(new.prompt_token_ids), [[*ids] for ids in new.block_ids]
+            )
             computed[new.req_id] = new.num_computed_tokens
         cached = output.scheduled_cached_reqs
         for i, name in enumerate(cached.req_ids):
@@ -299,8 +332,9 @@ class Machine:
             if (tokens := cached.all_token_ids.get(name)) is not None:
                 row.tokens = list(tokens)
             if name in cached.resumed_req_ids:
-                row.blocks = []
-            row.blocks += blocks[0] if blocks is not None else []
+                row.blocks = [[] for _ in self.windows]
+            for group, more in enumerate(blocks or ()):
+                row.blocks[group] += more
             computed[name] = cached.num_computed_tokens[i]
         sampled = {}
         for name, count in output.num_scheduled_tokens.items():
@@ -308,8 +342,9 @@ class Machine:
             digests = chain(row.tokens)
             self._check(name, row, digests[:begin])
             for position in range(begin, begin + count):
-                block = row.blocks[position // TOKENS]
-                self.kv[block, position % TOKENS] = slots([digests[position]])[0]
+                for group, blocks in enumerate(row.blocks):
+                    kv = slots([digests[position]], group=group)
+                    self.kv[blocks[position // TOKENS], position % TOKENS] = kv[0]
             is_partial = begin + count < len(row.tokens)
             sampled[name] = [] if is_partial else [digests[-1] % VOCABULARY]
             row.tokens += sampled[name]
@@ -317,21 +352,29 @@ class Machine:
 
     def _check(self, name: str, row: _Row, digests: Sequence[int]) -> None:
         """Fail where the device holds other KV than the tokens stand for."""
-        if not digests:
-            return
-        held = self.kv[row.blocks].reshape(-1, LANES)[: len(digests)]
-        wrong = np.flatnonzero((held != slots(digests)).any(axis=1))
-        assert not wrong.size, (
-            f"{name}: wrong KV from token {wrong[0]} of {len(digests)} in step {self.steps}"
-        )
+        for group, (blocks, window) in enumerate(zip(row.blocks, self.windows, strict=True)):
+            first = 0 if window is None else max(0, len(digests) + 1 - window)
+            held = self.kv[blocks].reshape(-1, LANES)[first : len(digests)]
+            wrong = np.flatnonzero((held != slots(digests, group=group)[first:]).any(axis=1))
+            assert not wrong.size, (
+                f"{name}: wrong KV in group {group} from token {first + wrong[0]} of {len(digests)} "
+                f"in step {self.steps}"
+            )
 
 
-def _placement(size: int, page_bytes: int) -> dict[str, Any]:
-    """Return where the one layer lies, in the words of this vLLM."""
+def _spec(window: int | None) -> FullAttentionSpec | SlidingWindowSpec:
+    kv = {"block_size": TOKENS, "num_kv_heads": 1, "head_size": LANES // 2, "dtype": torch.float32}
+    if window is None:
+        return FullAttentionSpec(**kv)
+    return SlidingWindowSpec(**kv, sliding_window=window)
+
+
+def _placement(layer: str, size: int, page_bytes: int) -> dict[str, Any]:
+    """Return where a layer lies, in the words of this vLLM: groups overlay each other."""
     names = KVCacheTensor.__dataclass_fields__
     values = {
-        "layers": [LAYER],
-        "shared_by": [LAYER],
+        "layers": [layer],
+        "shared_by": [layer],
         "offset": 0,
         "layer_stride": size,
         "block_stride": page_bytes,

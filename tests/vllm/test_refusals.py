@@ -60,10 +60,14 @@ def config(**changed: Any) -> Any:
         "decode_context_parallel_size": 1,
         "prefill_context_parallel_size": 1,
         "pipeline_parallel_size": 1,
+        "options": {},
         **changed,
     }
     part = SimpleNamespace(**values)
-    return SimpleNamespace(model_config=part, parallel_config=part, cache_config=part)
+    transfer = SimpleNamespace(kv_connector_extra_config=values["options"])
+    return SimpleNamespace(
+        model_config=part, parallel_config=part, cache_config=part, kv_transfer_config=transfer
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,6 +84,8 @@ def config(**changed: Any) -> Any:
         ({"pipeline_parallel_size": 2}, (FULL,), "pipeline parallel"),
         ({"use_mla": True, "enable_prefix_caching": False}, (FULL,), "latent attention"),
         ({"enable_prefix_caching": False}, (FULL, WINDOW), "several KV groups"),
+        ({"options": {"blocks_per_chunk": 2}}, (FULL, WINDOW), "blocks_per_chunk=2"),
+        ({"options": {"block_size": 32}}, (WINDOW,), "blocks_per_chunk=2"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(
@@ -87,6 +93,7 @@ def test_what_cannot_be_served_is_refused_by_name(
 ) -> None:
     """Each refusal says what the matter is and what to do."""
     check_shape(config(), caches(*specs))
+    check_shape(config(options={"blocks_per_chunk": 2}), caches(FULL))
     with pytest.raises(InvalidError, match=sentence):
         check_shape(config(**changed), caches(*specs))
 

@@ -5,12 +5,13 @@ No engine runs: the model is arithmetic (``tests.vllm.schedulers``), so a test s
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm.config import PoolerConfig
-from vllm.v1.request import RequestStatus
+from vllm.v1.request import Request, RequestStatus
 
 from prefixstore.errors import InvalidError
 from tests.vllm.schedulers import TOKENS, VOCABULARY, Machine, answers_of
@@ -135,4 +136,122 @@ def test_a_preempted_session_leaves_the_store_on(new_machine: NewMachine) -> Non
     machine.abort("session")
     machine.settle()
 
+    assert "on" == machine.state
+
+
+@dataclass
+class Traffic:
+    """Clients, an operator and a bad disk, all drawn from one seed."""
+
+    machine: Machine
+    root: Path
+    draw: random.Random
+    asked: dict[str, tuple[list[int], int]] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        lengths = (self.draw.randrange(20, 400) for _ in range(5))
+        self.beginnings = [words(length, seed=length) for length in lengths]
+
+    def run(self, steps: int) -> None:
+        """Let so many steps pass, and wait for the rest."""
+        acts: list[tuple[float, Callable[[], None]]] = [
+            (0.1, self.arrive),
+            (0.01, self.leave),
+            (0.01, self.go_on),
+            (0.01, lambda: bool(self.machine.scheduler.reset_prefix_cache()) and None),
+            (0.001, self.reset_running),
+            (0.003, self.lose_a_blob),
+        ]
+        for _ in range(steps):
+            for chance, act in acts:
+                if self.draw.random() < chance:
+                    act()
+            self.machine.step()
+        for name in self.sessions():
+            self.gone.add(name)
+            self.machine.abort(name)
+        self.machine.settle()
+
+    def live(self) -> list[Request]:
+        """Return the requests that have not ended."""
+        requests = self.machine.scheduler.requests.values()
+        return [request for request in requests if not request.is_finished()]
+
+    def sessions(self) -> list[str]:
+        """Return the sessions that have not ended."""
+        return [request.request_id for request in self.live() if request.resumable]
+
+    def arrive(self) -> None:
+        """Ask something that begins like other prompts; some take streaming input."""
+        if len(self.live()) >= 10:
+            return
+        beginning = self.draw.choice(self.beginnings)
+        own = [self.draw.randrange(VOCABULARY) for _ in range(self.draw.randrange(60))]
+        prompt = beginning[: self.draw.randrange(1, len(beginning) + 1)] + own
+        name, answer = f"r{len(self.asked)}", self.draw.choice([1, 5, 40])
+        self.asked[name] = (prompt, answer)
+        self.machine.add(
+            name,
+            prompt,
+            answer=answer,
+            sampling={"prompt_logprobs": 1} if self.draw.random() < 0.05 else {},
+            resumable=self.draw.random() < 0.1,
+            priority=self.draw.randrange(3),
+        )
+
+    def leave(self) -> None:
+        """Abort somebody."""
+        if live := self.live():
+            name = self.draw.choice(live).request_id
+            self.gone.add(name)
+            self.machine.abort(name)
+
+    def go_on(self) -> None:
+        """Give a session more input, or end it."""
+        if sessions := self.sessions():
+            name = self.draw.choice(sessions)
+            self.gone.add(name)  # What it answers depends on when the input came.
+            if self.draw.random() < 0.3:
+                self.machine.abort(name)
+            else:
+                self.machine.add(name, words(self.draw.randrange(1, 100), seed=7), resumable=True)
+
+    def reset_running(self) -> None:
+        """Reset the engine's cache with all that runs, where vLLM can."""
+        waiting = RequestStatus.WAITING_FOR_REMOTE_KVS
+        requests = self.machine.scheduler.requests.values()
+        if not any(r.is_finished() or r.resumable or r.status is waiting for r in requests):
+            self.machine.scheduler.reset_prefix_cache(reset_running_requests=True)
+
+    def lose_a_blob(self) -> None:
+        """Remove a blob behind the engine's back."""
+        if blobs := sorted(self.root.glob("ns/*/*/*/*.kv")):
+            self.draw.choice(blobs).unlink()
+
+
+@pytest.mark.parametrize(
+    ("mode", "fields"),
+    [
+        ("tier", {"ahead": 0, "blocks": 50, "options": {"blocks_per_chunk": 2}}),
+        ("tier", {"ahead": 1, "blocks": 50, "options": {"cpu_bytes_to_use": 20 * 1024}}),
+        ("tier", {"ahead": 0, "blocks": 80, "windows": (None, 70)}),
+        ("direct", {"ahead": 0, "blocks": 50, "options": {"blocks_per_chunk": 3}}),
+        ("direct", {"ahead": 1, "blocks": 50, "engine": {"scheduling_policy": "priority"}}),
+    ],
+)
+def test_whatever_comes_every_answer_and_every_byte_is_right(
+    new_machine: NewMachine, mode: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """Under random traffic on a small device answers are right, nothing stays behind, and blobs are true."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")  # noqa: T201 - shown if the test fails
+    machine = new_machine(mode, **fields)
+    traffic = Traffic(machine, tmp_path / "root", random.Random(seed))
+    traffic.run(1500)
+
+    right = {n: answers_of(*asked) for n, asked in traffic.asked.items() if n not in traffic.gone}
+    assert right == {name: machine.answers[name] for name in right}
+    assert [] == machine.left_behind()
+    assert 0 < machine.check_root(tmp_path / "root")
     assert "on" == machine.state
