@@ -44,11 +44,10 @@ class Harness:
         )
 
     def step(self, scheduled: dict[str, int] | None = None, *, preempted: Any = ()) -> StepOrders:
-        orders = self.books.take_loads()
+        orders = self.books.take_loads(preempted=preempted)
         self.books.plan(
             orders,
             scheduled_tokens=scheduled or {},
-            preempted=preempted,
             blocks_of=lambda _: BLOCKS,
         )
         return orders

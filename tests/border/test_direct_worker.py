@@ -391,3 +391,78 @@ def test_after_a_bug_no_block_stays_held(new_rig: Callable[..., Rig]) -> None:
     assert ({"r"}, set()) == rig.worker.abandon()
     device.is_slow = False
     fill(rig, 3)
+
+
+class FailingDevice(SlowDevice):
+    """A slow device of which one call fails."""
+
+    fails = ""
+
+    def store(self, copies: Any, *, after: Any) -> Any:
+        self._fail("store")
+        return super().store(copies, after=after)
+
+    def hold_model(self, mark: Any) -> None:
+        self._fail("hold_model")
+        super().hold_model(mark)
+
+    def finish(self) -> None:
+        self._fail("finish")
+
+    def _fail(self, call: str) -> None:
+        if call == self.fails:
+            raise OSError(call)
+
+
+@pytest.mark.parametrize("broken", ["device", "client"])
+def test_a_copy_that_fails_holds_no_blocks(
+    new_rig: Callable[..., Rig], broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stores that cannot begin are skipped; their request is let go, and later ones are stored."""
+    device = FailingDevice()
+    rig = new_rig(slots=4, device=device)
+
+    def fail(*_: Any) -> bool:
+        raise OSError(broken)
+
+    if broken == "device":
+        device.fails = "store"
+    else:
+        monkeypatch.setattr(rig.client, "store", fail)
+    with pytest.raises(OSError, match=r"store|client"):
+        rig.step(stores=[store(n, block=n) for n in (1, 2)])
+    monkeypatch.undo()
+    device.fails = ""
+
+    assert {"r"} == rig.step(held=["r"])[0]
+    assert [1, 2] == rig.settled
+    if broken == "device":
+        fill(rig, 3)
+
+
+def test_a_device_that_cannot_be_held_reads_no_waiting_blocks(
+    new_rig: Callable[..., Rig],
+) -> None:
+    """Stores that wait are dropped with their preempted request, whatever the device says."""
+    device = FailingDevice()
+    rig = new_rig(slots=3, device=device)
+    device.is_slow = True
+    rig.step(stores=[store(n, block=n) for n in (1, 2, 3)])
+    device.fails = "hold_model"
+    with pytest.raises(OSError, match="hold_model"):
+        rig.worker.lose_blocks(["r"])
+
+    assert {"preempted": 2} == rig.counts.skips
+
+
+def test_a_device_that_cannot_finish_keeps_no_request_waiting(
+    new_rig: Callable[..., Rig],
+) -> None:
+    """Giving everything up reports loads and finished requests, even if the device is gone."""
+    device = FailingDevice()
+    rig = new_rig(slots=3, device=device)
+    device.is_slow, device.fails = True, "finish"
+    rig.step(stores=[store(1, block=1)])
+    rig.step(held=["r"], loads=[load("s", {2: 5})])
+
+    assert ({"r"}, {"s"}) == rig.worker.abandon()

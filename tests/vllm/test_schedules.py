@@ -7,10 +7,12 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.config import PoolerConfig
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request, RequestStatus
 
 from prefixstore.errors import InvalidError
@@ -137,6 +139,34 @@ def test_a_preempted_session_leaves_the_store_on(new_machine: NewMachine) -> Non
     machine.settle()
 
     assert "on" == machine.state
+
+
+def test_workers_hear_of_preemptions_whatever_else_fails(
+    new_machine: NewMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that cannot be planned costs its stores; blocks that were lost are read no more."""
+    machine = new_machine("direct")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("plan")
+
+    monkeypatch.setattr(machine.connector._scheduler, "plan", fail)
+    output = SimpleNamespace(preempted_req_ids={"r"}, kv_connector_block_state=SimpleNamespace())
+
+    assert ["r"] == machine.connector.build_connector_meta(output).orders.preempted
+
+
+@modes
+def test_calling_the_workers_turns_the_store_off(new_machine: NewMachine, mode: str) -> None:
+    """A call that may replace weights: nothing is stored or found from then on. One that reads is none."""
+    machine = new_machine(mode)
+    for method, state in (("check_health", "on"), ("reload_weights", "off")):
+        engine = SimpleNamespace(model_executor=SimpleNamespace(collective_rpc=lambda *_: []))
+        EngineCore.collective_rpc(engine, method)
+        machine.await_state(state)
+
+    assert 0 == machine.serve("r", words(100, seed=1))
+    assert machine.answers["r"] == answers_of(words(100, seed=1), 1)
 
 
 @dataclass

@@ -27,14 +27,18 @@ from prefixstore.vllm.direct.opening import open_worker
 from prefixstore.vllm.direct.scheduler import DirectScheduler
 from prefixstore.vllm.direct.shapes import check_alone, check_topology, chunk_shape
 from prefixstore.vllm.direct.worker import OPEN_PATIENCE_S
+from prefixstore.vllm.engine_calls import listen_to_engine
 from prefixstore.vllm.guard import guarded
 from prefixstore.vllm.options import check_options
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
     from vllm.forward_context import ForwardContext
+    from vllm.lora.request import LoRARequest
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -88,6 +92,10 @@ class _Counters:
         self._observed.count(metrics.STORE_BYTES, by=stored_bytes)
 
 
+def _nothing() -> None:
+    """Tell nobody."""
+
+
 def _no_results() -> tuple[set[str], set[str]] | None:
     return None
 
@@ -129,6 +137,9 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
                 clock=self._clock,
                 prompts_only=bool(extra.get("offload_prompt_only", False)),
             )
+            if missing := listen_to_engine(self):
+                logger.warning("store is off: this vLLM has no %s", ", ".join(missing))
+                self._scheduler.turn_off()
 
     @property
     @override
@@ -285,7 +296,7 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
 
     @override
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
-        orders = self._books.take_loads()
+        orders = self._books.take_loads(preempted=scheduler_output.preempted_req_ids or ())
         self._plan(orders, scheduler_output)
         return OrdersMessage(orders)
 
@@ -296,7 +307,6 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
         self._books.plan(
             orders,
             scheduled_tokens=output.num_scheduled_tokens,
-            preempted=output.preempted_req_ids or (),
             blocks_of=lambda request_id: state.resolve_block_ids(request_id)[0],
         )
 
@@ -329,6 +339,25 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
         # now on may belong to another namespace.
         self._books.turn_off()
         return True
+
+    # Calls to the engine that vLLM has no hook for.
+
+    def adapter_loading(self, lora: "LoRARequest") -> "Callable[[], None]":
+        """Take no note: requests with an adapter pass by."""
+        del lora
+        return _nothing
+
+    def adapter_removed(self, adapter_id: int) -> None:
+        """Take no note."""
+
+    def adapter_pinned(self, adapter_id: int) -> None:
+        """Take no note."""
+
+    @guarded(lambda: None)
+    def workers_called(self, method: str) -> None:
+        """Turn the store off: the workers may have other weights from here on."""
+        logger.warning("collective_rpc called %r of the workers", method)
+        self._books.turn_off()
 
     @property
     def _books(self) -> DirectScheduler:

@@ -207,10 +207,11 @@ class DirectScheduler:
 
     # A step's way.
 
-    def take_loads(self) -> StepOrders:
+    def take_loads(self, *, preempted: "Iterable[str]" = ()) -> StepOrders:
         """Begin the orders of a step with what must reach the workers whatever else fails."""
         orders, self._orders = self._orders, StepOrders()
         orders.is_off = self._is_off
+        orders.preempted += preempted
         return orders
 
     def plan(
@@ -218,13 +219,11 @@ class DirectScheduler:
         orders: StepOrders,
         *,
         scheduled_tokens: "dict[str, int]",
-        preempted: "Iterable[str]",
         blocks_of: "Callable[[str], Sequence[int]]",
     ) -> None:
         """Add a step's finds and stores to its orders."""
         orders.is_idle = not scheduled_tokens
-        for request_id in preempted:
-            orders.preempted.append(request_id)
+        for request_id in orders.preempted:
             if (state := self._requests.get(request_id)) is not None:
                 self._forget_stores(state)
                 # What it has stored itself meanwhile is worth a new find when it is resumed.

@@ -193,15 +193,17 @@ class DirectWorker:
         lost = set(request_ids)
         if not lost:
             return
+        self._drop_stores(lambda order: order.request_id in lost, "preempted")
         for batch in self._batches:
             if any(order.request_id in lost for order, _ in batch.stores):
                 self._device.hold_model(batch.mark)
-        self._drop_stores(lambda order: order.request_id in lost, "preempted")
 
     def start(self, orders: StepOrders) -> None:
         """Take a step's finds and loads."""
         if orders.is_off:
-            self.turn_off("the engine's cache was reset, as after a weight update")
+            self.turn_off(
+                "the engine's cache was reset or its workers were called, as for a weight update"
+            )
             # What is on its way was computed by the weights of before.
             for load in self._loads.values():
                 load.queue.clear()
@@ -289,7 +291,8 @@ class DirectWorker:
         with self._landing:
             for chunk in self._chunks.values():
                 chunk.is_wanted = False
-        self._device.finish()
+        with contextlib.suppress(Exception):  # A device that cannot finish does nothing any more.
+            self._device.finish()
         for chunk in self._chunks.values():
             chunk.lease.release()
         self._chunks.clear()
@@ -426,18 +429,29 @@ class DirectWorker:
             chosen.append((self._stores_waiting.popleft(), lease))
         if not chosen:
             return
-        copies = join_copies(
-            [self._pages.copies(lease.address, order.blocks) for order, lease in chosen]
-        )
-        mark = self._device.store(copies, after=self._device.now())
+        try:
+            copies = join_copies(
+                [self._pages.copies(lease.address, order.blocks) for order, lease in chosen]
+            )
+            mark = self._device.store(copies, after=self._device.now())
+        except Exception:
+            # If a part of it was submitted all the same, it ends before the buffers are another's.
+            with contextlib.suppress(Exception):
+                self._device.finish()
+            for order, lease in chosen:
+                self._settle(order)
+                self._end_store(order, lease, skipped="error")
+            raise
         self._batches.append(_Batch(chosen, mark))
         self._end_batches()
 
     def _end_batches(self) -> None:
         """Hand the buffers of finished copies to the I/O process; their blocks are free."""
         while self._batches and self._device.is_past(self._batches[0].mark):
-            for order, lease in self._batches.popleft().stores:
+            stores = self._batches.popleft().stores
+            for order, _ in stores:
                 self._settle(order)
+            for order, lease in stores:
                 self._submit_store(order, lease)
 
     def _submit_store(self, order: StoreOrder, lease: Lease) -> None:
