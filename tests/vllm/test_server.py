@@ -7,16 +7,22 @@ from pathlib import Path
 from tests.vllm import stores
 from tests.vllm.conftest import StartServer
 from tests.vllm.server import ApiServer, prefixstore_command
-from tests.vllm.stores import LONG, Place
+from tests.vllm.stores import LONG, OTHER, Place
 
 MONITORING = Path(__file__).parents[2] / "docs/monitoring"
 OPTIONS = {"cpu_bytes_to_use": stores.CPU_BYTES}
 
 
-def serves_from_store(server: ApiServer) -> bool:
-    """Tell whether the store is on; metrics move only while the engine has something to do."""
-    server.complete([5], max_tokens=2)
-    return 'vllm:prefixstore_state{engine="0",model_name="test",state="on"} 1.0' in page(server)
+REPLICAS = [{"extra_headers": {"X-data-parallel-rank": str(rank)}} for rank in (0, 1)]
+"""Has one replica of a server answer, and not the one with the least to do."""
+
+
+def serve_from_store(server: ApiServer) -> bool:
+    """Tell whether every replica's store is on; metrics move only while an engine has something to do."""
+    for replica in REPLICAS:
+        server.complete([5], max_tokens=2, **replica)
+    states = re.findall(r'vllm:prefixstore_state{engine="(\d)",.*,state="on"} 1.0', page(server))
+    return states == ["0", "1"]
 
 
 def page(server: ApiServer) -> str:
@@ -37,28 +43,34 @@ def server_metrics_asked_for() -> set[str]:
     return set(re.findall(r"\bvllm:[a-z_]+", text))
 
 
-def test_a_server_answers_from_what_a_killed_one_stored(
+def test_a_server_of_two_replicas_answers_from_what_a_killed_server_stored(
     place: Place, tiny_llama: Path, start_server: StartServer
 ) -> None:
-    """The second server's client gets the same text, and nearly all of the prompt was not computed."""
-    command = prefixstore_command(tiny_llama, place.root, "--dtype", "float32", options=OPTIONS)
-    env = {"XDG_CACHE_HOME": str(place.cache)}
-    with start_server(command, env=env) as server:
+    """Its clients get the same text, nearly nothing is computed, and what one replica stores the other has."""
+    arguments = (tiny_llama, place.root, "--dtype", "float32")
+    env = {"XDG_CACHE_HOME": str(place.cache), "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    with start_server(prefixstore_command(*arguments, options=OPTIONS), env=env) as server:
         cold = server.complete(LONG)
         place.await_blobs(13)
         server.kill()
 
+    command = prefixstore_command(*arguments, "--data-parallel-size", "2", options=OPTIONS)
     with start_server(command, env=env) as server:
-        stores.until(lambda: serves_from_store(server), "the store to be on")
-        warm = server.complete(LONG)
-        second = server.complete(LONG[:1000])
+        stores.until(lambda: serve_from_store(server), "both stores to be on")
+        warm = [server.complete(LONG, **replica) for replica in REPLICAS]
+        new = server.complete(OTHER, **REPLICAS[0])
+        place.await_blobs(13 + 3)
+        shared = server.complete(OTHER, **REPLICAS[1])
         metrics = server.metrics()
         queried = server_metrics_asked_for() - exported(server)
 
     assert queried == set()
-    assert 0 == cold.cached_tokens
-    assert 13 * stores.BLOCK_TOKENS == warm.cached_tokens
-    assert cold.text == warm.text
-    assert second.prompt_tokens == 1000
-    assert 13 * stores.TINY_CHUNK_BYTES == metrics["vllm:kv_offload_tiering_read_bytes_total"]
-    assert 13 <= metrics["vllm:kv_offload_tiering_chunk_hits_total"]
+    assert 0 == cold.cached_tokens == new.cached_tokens
+    assert [13 * stores.BLOCK_TOKENS] * 2 == [answer.cached_tokens for answer in warm]
+    assert 3 * stores.BLOCK_TOKENS == shared.cached_tokens
+    assert [cold.text] * 2 == [answer.text for answer in warm]
+    assert new.text == shared.text
+    read_bytes = metrics["vllm:kv_offload_tiering_read_bytes_total"]
+    assert (13 + 13 + 3) * stores.TINY_CHUNK_BYTES == read_bytes
+    assert 13 + 13 + 3 <= metrics["vllm:kv_offload_tiering_chunk_hits_total"]
+    assert 1 == len(list(place.root.glob("ns/*/manifest.json")))
