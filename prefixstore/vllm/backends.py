@@ -33,7 +33,8 @@ class WorkerAccount(KVConnectorHandshakeMetadata):
         element_bytes: The size of one KV element.
         backends: What computes and packs KV: one line for each distinct kind of layer.
         runner: The model runner's version.
-        device: The platform and the kind of device.
+        device: The platform, the kind of device, and which of the FP8 formats is meant there: ROCm calls its
+            devices CUDA's, and some of them bias FP8 otherwise under the same name of a cache's dtype.
     """
 
     rank: int
@@ -58,7 +59,7 @@ def describe_worker(
         element_bytes=tensor.element_size(),
         backends=tuple(sorted(backends)),
         runner="v2" if config.use_v2_model_runner else "v1",
-        device=f"{current_platform.device_type}:{tensor.device.type}",
+        device=f"{current_platform.device_name}:{tensor.device.type}:{current_platform.fp8_dtype()}",
     )
 
 

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from vllm import envs
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import resolve_none_hash_seed
 from vllm.version import __version_tuple__
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEME", "bare_fields", "scheduler_fields"]
 
-SCHEME = 2
+SCHEME = 3
 """Version of this very recipe: it changes when a field is added or its meaning changes, so that
 namespaces made by different recipes never meet."""
 
@@ -107,6 +108,25 @@ LOAD_FORMATS = frozenset(
     }
 )
 """Ways of loading that read the files of the model's own directory, and no others."""
+
+
+PRECISION_SETTINGS = (
+    "VLLM_B12X_MOE_FP4_FORCE_A16",
+    "VLLM_CPU_INT4_W4A8",
+    "VLLM_DEEPEPLL_NVFP4_DISPATCH",
+    "VLLM_FLASHINFER_MOE_A2A_LOW_PRECISION_COMBINE",
+    "VLLM_FLOAT32_MATMUL_PRECISION",
+    "VLLM_HUMMING_INPUT_QUANT_CONFIG",
+    "VLLM_HUMMING_ONLINE_QUANT_CONFIG",
+    "VLLM_HUMMING_USE_F16_ACCUM",
+    "VLLM_MARLIN_INPUT_DTYPE",
+    "VLLM_ROCM_QUICK_REDUCE_QUANTIZATION",
+    "VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT",
+    "VLLM_SSM_CONV_STATE_LAYOUT",
+    "VLLM_XPU_INC_WNA16_BACKEND",
+)
+"""Settings of vLLM's environment that quantise what is computed, or lay out a page, without a trace in its
+config. Those that only choose among equals of one precision are left out."""
 
 
 def scheduler_fields(
@@ -181,6 +201,9 @@ def _model_fields(config: "VllmConfig") -> Mapping[str, object]:
             "linear_backend_per_quant",
             "moe_backend",
         ),
+        "precision": _named(envs, *PRECISION_SETTINGS),
+        # For plug-ins of other platforms, which may do anything by it.
+        "additional_config": _plain(getattr(config, "additional_config", None)),
     }
 
 
@@ -258,6 +281,12 @@ def _refuse_unknowable(config: "VllmConfig") -> None:
         raise InvalidError(
             "speculative decoding changes which blocks are final and was never tried with "
             "prefixstore: run without it, or without prefixstore"
+        )
+    attention = getattr(config, "attention_config", None)
+    if getattr(config, "diffusion_config", None) or getattr(attention, "use_non_causal", False):
+        raise InvalidError(
+            "a model that computes tokens by diffusion or without causal attention has KV that depends "
+            "on what comes after it, which block hashes do not tell: run it without prefixstore"
         )
     if getattr(config, "weight_transfer_config", None) is not None:
         raise InvalidError(

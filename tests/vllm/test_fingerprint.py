@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -27,7 +29,7 @@ from vllm.v1.request import Request
 from prefixstore.errors import InvalidError
 from prefixstore.keys import namespace_id
 from prefixstore.tree.root import diff_fields
-from prefixstore.vllm.backends import WorkerAccount, join_accounts
+from prefixstore.vllm.backends import WorkerAccount, describe_worker, join_accounts
 from prefixstore.vllm.fingerprint import scheduler_fields
 from prefixstore.vllm.layout import SlotLayout, Span
 from prefixstore.vllm.model_code import find_code
@@ -237,6 +239,16 @@ OTHERS = (
     Change(name="the model runner", differs="runner", account={"runner": "v2"}),
     Change(name="the kind of device", differs="device", account={"device": "cuda:cuda"}),
     Change(
+        name="the environment's settings of precision (`VLLM_MARLIN_INPUT_DTYPE` and others)",
+        differs="precision",
+        env={"VLLM_MARLIN_INPUT_DTYPE": "fp8"},
+    ),
+    Change(
+        name="`--additional-config`",
+        differs="additional_config",
+        arguments={"additional_config": {"layout": "own"}},
+    ),
+    Change(
         name="`--max-model-len` of a model whose RoPE or code depends on it",
         differs="max_model_len",
         model="phi3",
@@ -316,6 +328,13 @@ OFF = (
             },
         ),
         "run without it",
+    ),
+    (
+        Change(
+            name="diffusion, attention that is not causal",
+            config=set_in("attention_config", use_non_causal=True),
+        ),
+        "depends on what comes after it",
     ),
     (
         Change(
@@ -479,3 +498,18 @@ def test_the_documents_table_is_these_tests() -> None:
 
     assert tested == dict(rows)
     assert len(tested) == len(rows)
+
+
+def test_fp8_of_another_bias_is_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two devices under one name and one dtype of cache, of which one biases FP8 otherwise, never share."""
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context={}), use_v2_model_runner=False
+    )
+    caches = {"layer": torch.zeros((2, 4), dtype=torch.uint8)}
+    devices = []
+    for dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz):
+        monkeypatch.setattr(type(current_platform), "fp8_dtype", classmethod(lambda _, d=dtype: d))
+        account = describe_worker(config, caches, rank=0, layout=ACCOUNT.layout)
+        devices.append(account.device)
+
+    assert len(set(devices)) == 2, devices
