@@ -42,6 +42,7 @@ from prefixstore.keys import KEY_BYTES_MAX, KEY_BYTES_MIN, Key, NamespaceId
 
 __all__ = [
     "ALIGN_BYTES",
+    "FILE_BYTES_MAX",
     "FORMAT_VERSION",
     "HEADER_BYTES",
     "BlobHeader",
@@ -107,6 +108,10 @@ def file_bytes(stored_bytes: int) -> int:
     (8192, 8192, 12288)
     """
     return HEADER_BYTES + -(-stored_bytes // ALIGN_BYTES) * ALIGN_BYTES
+
+
+FILE_BYTES_MAX: Final = file_bytes(RAW_BYTES_MAX)
+"""No blob's file is longer."""
 
 
 def encode_header(header: BlobHeader) -> bytes:

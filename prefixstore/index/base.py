@@ -106,6 +106,11 @@ class Index(Protocol):
         InvalidError: An argument is out of its range; nothing of its batch was written.
     """
 
+    @property
+    def has_forgotten(self) -> bool:
+        """Whether rows were dropped for want of room since the index was last empty."""
+        ...
+
     def get_many(self, namespace: NamespaceId, keys: Sequence[Key]) -> list[Record | None]:
         """Return what is known of each key, in the order of ``keys``; None where nothing is.
 

@@ -51,6 +51,9 @@ class LmdbIndex:
     must open its own. ``environment.Environment`` has the lock order; this class has no lock.
     """
 
+    has_forgotten = False
+    """It grows instead; what it has no room for is an error."""
+
     def __init__(self, environment: Environment, slot: Slot, *, clock: Clock) -> None:
         """Take over one ``acquire`` of the environment and the slot; ``open`` is the way to make one."""
         self._environment = environment

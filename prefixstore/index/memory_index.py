@@ -1,8 +1,9 @@
 """An index in a dict: the reference model of the contract, and the fallback where LMDB cannot be.
 
 Owns nothing outside this process and starts empty each time. It is bounded: beyond ``rows_max`` it
-forgets the rows that eviction would take first, which costs a probe of the tree when they are asked
-for again. Plain code on purpose; ``LmdbIndex`` is checked against it step by step.
+forgets the rows that eviction would take last, which costs a probe of the tree when they are asked
+for again. So what an eviction finds here is what has to go first, leaves before what they follow, however
+much the root holds. Plain code on purpose; ``LmdbIndex`` is checked against it step by step.
 """
 
 import heapq
@@ -28,7 +29,7 @@ __all__ = ["ROWS_MAX", "MemoryIndex"]
 
 ROWS_MAX = 2**18
 """Some 100 MB. Eviction sorts them all and holds everyone up for half a second meanwhile; a host that
-needs more rows needs LMDB."""
+needs more rows needs LMDB. The chunks used last are then looked for on disk."""
 FORGET_SHARE = 8
 """One row in eight is forgotten at once, so that the sort is paid once in many puts."""
 BATCH_ROWS = 1024
@@ -43,6 +44,7 @@ class MemoryIndex:
 
     def __init__(self, *, rows_max: int = ROWS_MAX) -> None:
         self.rows_max = rows_max
+        self.has_forgotten = False
         self._lock = threading.Lock()
         self._rows: dict[RowKey, Record] = {}
         self._children: Counter[RowKey] = Counter()
@@ -198,6 +200,7 @@ class MemoryIndex:
 
     def _drop_all(self) -> None:
         self._rows.clear()
+        self.has_forgotten = False
         self._children.clear()
         self._pins.clear()
         self._marks.clear()
@@ -242,7 +245,8 @@ class MemoryIndex:
                     del self._children[parent]
 
     def _forget(self) -> None:
-        """Drop rows, oldest and deepest first, until an eighth of the room is free."""
+        """Drop rows, youngest and nearest to the start first, until an eighth of the room is free."""
+        self.has_forgotten = True
         surplus = len(self._rows) - self.rows_max + self.rows_max // FORGET_SHARE
-        for row_key in heapq.nsmallest(surplus, self._rows, key=self._recency):
+        for row_key in heapq.nlargest(surplus, self._rows, key=self._recency):
             self._set(row_key, None)

@@ -6,6 +6,7 @@ replaced whole. A child that dies, hangs or cannot be started costs the operatio
 answered as misses, and is replaced after a growing delay.
 """
 
+import contextlib
 import logging
 import os
 import selectors
@@ -170,6 +171,10 @@ class Pump:
         if self._thread.is_alive():
             self._post(self._abandon_work)
             self._thread.join(timeout_s)
+        if not self._thread.is_alive() and self._wake >= 0:
+            # Here and not in the thread: ``_post`` must never write to a number that means another file.
+            os.close(self._wake)
+            self._wake = -1
 
     def progress_s(self, done: Completion) -> float:
         """When something of this kind last moved, on the monotonic clock."""
@@ -178,8 +183,9 @@ class Pump:
         return self.store_progress_s if isinstance(done, StoreDone) else 0.0
 
     def _post(self, work: Callable[[], None]) -> None:
-        self._work.append(work)
-        os.eventfd_write(self._wake, 1)
+        if self._wake >= 0:
+            self._work.append(work)
+            os.eventfd_write(self._wake, 1)
 
     # The pump's thread.
 
@@ -471,7 +477,9 @@ class Pump:
         process, self._process = self._process, None
         if process is not None:
             for channel in process.channels:
-                self._selector.unregister(channel.socket)
+                # A failure may have come before it was registered.
+                with contextlib.suppress(KeyError):
+                    self._selector.unregister(channel.socket)
             self._discard_index = process.wait(exit_wait_s) and process.died_of_damage()
             process.kill()
             if not process.wait(KILL_WAIT_S):
@@ -517,4 +525,3 @@ class Pump:
             self._process.kill()
             self._process.wait(KILL_WAIT_S)
         self._selector.close()
-        os.close(self._wake)

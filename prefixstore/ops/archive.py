@@ -19,8 +19,8 @@ import msgspec
 import xxhash
 from msgspec import Meta
 
-from prefixstore.blob.header import ALIGN_BYTES, HEADER_BYTES, file_bytes
-from prefixstore.config import DOCUMENT_BYTES_MAX, RAW_BYTES_MAX
+from prefixstore.blob.header import ALIGN_BYTES, FILE_BYTES_MAX, HEADER_BYTES
+from prefixstore.config import DOCUMENT_BYTES_MAX
 from prefixstore.errors import InvalidError
 from prefixstore.keys import NamespaceId
 
@@ -28,7 +28,6 @@ __all__ = ["FORMAT", "ArchiveDocument", "ArchiveReader", "ArchiveWriter"]
 
 FORMAT: Final = 1
 BLOCK_BYTES: Final = 512
-FILE_BYTES_MAX: Final = file_bytes(RAW_BYTES_MAX)
 HEAD, END = "prefixstore.json", "end.json"
 PIECE_BYTES = 2**20
 NUMBERS_MAX = 10**12

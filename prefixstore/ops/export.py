@@ -75,8 +75,10 @@ def select(
         keys: These chunks. With neither pins nor keys everything is chosen.
 
     Raises:
-        InvalidError: A pin is not there, or a namespace's manifest cannot be read.
+        InvalidError: A pin is not there, a namespace's manifest cannot be read, or the index does not hold
+            all of the root.
     """
+    store.hints.check_whole()
     wanted = _wanted(store, pins, keys)
     chunks: list[tuple[int, NamespaceId, Key, Key | None]] = []
     namespaces: dict[NamespaceId, Fields] = {}

@@ -72,10 +72,11 @@ def plan_removal(
         keys: The chunks; None for all of ``namespace``.
 
     Raises:
-        InvalidError: Neither a namespace nor keys are named.
+        InvalidError: Neither a namespace nor keys are named, or the index does not hold all of the root.
     """
     if namespace is None and keys is None:
         raise InvalidError("name a namespace, or keys: removing everything is not offered")
+    store.hints.check_whole()
     named = None if keys is None else set(keys)
     rows: list[Row] = []
     pinned = 0

@@ -74,9 +74,11 @@ def plan_chains(
         released: Names of pins that keep nothing any more: they are removed with the chunks.
 
     Raises:
-        InvalidError: A pin's file is damaged: what it held must not be guessed.
+        InvalidError: A pin's file is damaged: what it held must not be guessed. Or the index does not hold
+            all of the root.
         UnavailableError: The pins or the quarantine cannot be read.
     """
+    store.hints.check_whole()
     pinned = _pinned(store, released)
     rows: list[Row] = []
     kept = spared = 0

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prefixstore.blob.header import file_bytes
 from prefixstore.blob.reasons import MissReason
 from prefixstore.errors import PrefixStoreError
 from prefixstore.keys import Key, NamespaceId
@@ -240,16 +239,15 @@ def _move_torn(store: PrefixStore, torn: tuple[ScanEntry, ...], errors: list[str
     moved = 0
     for entry in torn:
         try:
-            if _is_torn(store.tree, entry):
+            if _is_no_blob(store.tree, entry):
                 moved += quarantine.take(entry.namespace, entry.key, MissReason.TORN)
         except PrefixStoreError as error:
             errors.append(str(error))
     return moved
 
 
-def _is_torn(tree: BlobTree, entry: ScanEntry) -> bool:
+def _is_no_blob(tree: BlobTree, entry: ScanEntry) -> bool:
     """Whether a file is still no blob: somebody may have stored its key anew."""
     header = tree.read_header(entry.namespace, entry.key)
-    if isinstance(header, Miss):
-        return header.reason in (MissReason.TORN, MissReason.HEADER)
-    return tree.probe(entry.namespace, entry.key) != file_bytes(header.stored_bytes)
+    is_damaged = isinstance(header, Miss) and header.reason is MissReason.HEADER
+    return is_damaged or tree.is_torn(entry.namespace, entry.key)

@@ -21,7 +21,6 @@ from prefixstore.store.reconcile import ReconcileReport, reconcile
 from prefixstore.store.remover import Doomed, Remover
 from prefixstore.store.tally import Tally
 from prefixstore.store.values import EvictionReport
-from prefixstore.tree.blobs import ScanEntry
 
 __all__ = ["Evictor"]
 
@@ -101,11 +100,13 @@ class Evictor:
         tally = Tally(dry_run=dry_run)
         if self._keeper is not None:
             self._keeper.flush()
+        unindexed: Counter[NamespaceId] = Counter()
         if scan:
-            report = self.reconcile(stop=stop)
+            report = self._scan(stop)
             tally.errors += report.errors
             if not dry_run:
                 self._remove_torn(report)
+            unindexed = report.unindexed
         if not dry_run and not self._knows_time(tally, wanted=max_age_s is not None):
             max_age_s = None
         try:
@@ -115,9 +116,13 @@ class Evictor:
             tally.errors.append(str(error))
             return self._report(tally)
         self._hints.set_pins(held)
-        target = target_bytes(self._totals()[1])
-        own = {name: t.file_bytes for name, t in self._hints.totals().items()}
-        own_targets = {name: own[name] - give for name, give in namespace_bytes(own).items()}
+        # What has no row cannot go, and takes room: the rest makes up for it.
+        rows = Counter({name: t.file_bytes for name, t in self._hints.totals().items()})
+        used = rows + unindexed
+        target = target_bytes(used.total()) - unindexed.total()
+        own_targets = {
+            name: rows[name] - give for name, give in namespace_bytes(dict(used)).items()
+        }
         while True:
             plan = self._plan(target, own_targets, max_age_s=max_age_s)
             tally.planned(plan)
@@ -252,24 +257,32 @@ class Evictor:
         except PrefixStoreError:
             return 0
 
+    def _scan(self, stop: Callable[[], bool]) -> ReconcileReport:
+        """Reconcile for an eviction, which must know all children."""
+        failures = self._hints.failures
+        report = self.reconcile(stop=stop)
+        if self._hints.failures != failures:
+            # The index that took the place of one that failed half way knows the other half only.
+            report = self.reconcile(stop=stop)
+        return report
+
     def _remove_torn(self, report: ReconcileReport) -> None:
         """Remove files that a power cut left under a blob's name: nothing can be read from them."""
         now_s = self._membership.now_s()
         for entry in report.torn:
-            if now_s - entry.modified_s > TORN_AGE_S and self._is_torn(entry):
-                try:
-                    self._tree.unlink(entry.namespace, entry.key)
-                except PrefixStoreError as error:
-                    LOG.warning("a torn blob stays: %s", error)
-                    return
-                self._counters.add(torn_removed=1)
-
-    def _is_torn(self, entry: ScanEntry) -> bool:
-        """Whether the file is still short of a blob's shape: a writer may have replaced it."""
-        try:
-            return self._tree.probe(entry.namespace, entry.key) is None
-        except PrefixStoreError:
-            return False
+            if now_s - entry.modified_s <= TORN_AGE_S:
+                continue
+            try:
+                # A writer may have replaced it.
+                if not self._tree.is_torn(entry.namespace, entry.key):
+                    continue
+                self._tree.unlink(entry.namespace, entry.key)
+            except PrefixStoreError as error:
+                LOG.warning("a torn blob stays: %s", error)
+                return
+            report.unindexed[entry.namespace] -= entry.file_bytes
+            self._usage.removed(entry.namespace, entry.file_bytes)
+            self._counters.add(torn_removed=1)
 
     def _report(self, tally: Tally, *, short_bytes: int = 0) -> EvictionReport:
         chunks, file_bytes = self._totals()

@@ -1,4 +1,4 @@
-"""The index as the store uses it: it answers or it knows nothing, it never raises.
+"""The index as the store uses it: it answers or it knows nothing; that it fails is no error.
 
 A hint is worth no error. When the index fails it is closed and an empty one in memory takes its place:
 what it knew is found again by probing, and refcounts come back with the next scan of the tree. The
@@ -11,15 +11,20 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from prefixstore.errors import ClosedError, UnavailableError
+from prefixstore.errors import ClosedError, InvalidError, UnavailableError
 from prefixstore.index.base import Address, Entry, Index, Refs, Row, Totals
 from prefixstore.index.memory_index import MemoryIndex
 from prefixstore.index.records import Record
 from prefixstore.keys import Key, NamespaceId
 
-__all__ = ["Hints"]
+__all__ = ["PARTIAL", "Hints"]
 
 LOG = logging.getLogger(__name__)
+
+PARTIAL = (
+    "the root has more chunks than this host's index, which is in memory, has room for: set index_dir "
+    "(--index-dir) to a directory on a local disk"
+)
 
 T = TypeVar("T")
 
@@ -44,6 +49,20 @@ class Hints:
     def failures(self) -> int:
         """How often an index had to be replaced."""
         return self._failures
+
+    @property
+    def has_forgotten(self) -> bool:
+        """Whether the index that answers now had no room for all it was told."""
+        return self._index.has_forgotten
+
+    def check_whole(self) -> None:
+        """Refuse a question about all of the root that this index could not answer, once reconciled.
+
+        Raises:
+            InvalidError: It had no room for all that it was told.
+        """
+        if self.has_forgotten:
+            raise InvalidError(PARTIAL)
 
     def get_many(self, namespace: NamespaceId, keys: Sequence[Key]) -> list[Record | None]:
         """Return what is known of each key."""

@@ -11,6 +11,7 @@ import threading
 
 from prefixstore.clock import Clock
 from prefixstore.errors import PrefixStoreError
+from prefixstore.index.records import COUNT_MAX
 from prefixstore.tree.root import Root
 from prefixstore.tree.writers import REFRESH_S, Reaped, Writers
 
@@ -28,11 +29,17 @@ class Membership:
         self._lock = threading.Lock()
         self._announced = False
         self._refresh_at_s = 0.0
-        self._ahead_s = 0.0
+        self._ahead_s: float | None = None
 
     def now_s(self) -> int:
-        """Return whole seconds since the epoch by the file server's clock, as far as it is known."""
-        return max(0, int(self._clock.wall_s() + self._ahead_s))
+        """Return whole seconds since the epoch by the file server's clock, as far as it is known.
+
+        Once known it goes on with this host's monotonic clock: a wall clock that is set anew must not make
+        everything old, nor end pins.
+        """
+        ahead_s = self._ahead_s
+        now_s = self._clock.wall_s() if ahead_s is None else self._clock.monotonic_s() + ahead_s
+        return min(max(0, int(now_s)), COUNT_MAX)
 
     def announce(self) -> None:
         """Make sure that this writer is known, and that it counts as alive.
@@ -92,4 +99,4 @@ class Membership:
             touched = self._root.os_calls.stat(path)
         except OSError:
             return  # This host's clock has to do until the next announcement.
-        self._ahead_s = touched.modified_s - self._clock.wall_s()
+        self._ahead_s = touched.modified_s - self._clock.monotonic_s()

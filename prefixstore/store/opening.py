@@ -13,6 +13,10 @@ __all__ = ["open_index"]
 
 LOG = logging.getLogger(__name__)
 
+TOOL_ROWS_MAX = 2**24
+"""For who asks for no index and reads a whole root once: 400 bytes for each chunk that it really has, and no
+answer that leaves most of them out."""
+
 
 def open_index(
     wanted: Index | Literal["auto"] | None,
@@ -36,7 +40,7 @@ def open_index(
         InvalidError: ``config.index_dir`` must not hold an index.
     """
     if wanted != "auto":
-        return MemoryIndex() if wanted is None else wanted
+        return MemoryIndex(rows_max=TOOL_ROWS_MAX) if wanted is None else wanted
     if config.index_dir is None:
         return MemoryIndex()
     from prefixstore.index.lmdb_index import LmdbIndex

@@ -25,7 +25,7 @@ from prefixstore.errors import PrefixStoreError
 from prefixstore.index.base import Entry, Row
 from prefixstore.index.records import COUNT_MAX, Record
 from prefixstore.keys import Key, NamespaceId
-from prefixstore.store.hints import Hints
+from prefixstore.store.hints import PARTIAL, Hints
 from prefixstore.tree.blobs import BlobTree, Miss, ScanEntry
 
 __all__ = ["COMPLETE_MARK", "ReconcileReport", "reconcile", "record_of"]
@@ -54,6 +54,8 @@ class ReconcileReport:
         by_namespace: The same, by namespace.
         added: Rows that were new.
         removed: Rows whose blob is gone.
+        unindexed: Bytes of files that got no row, by namespace: torn or damaged, of a later version, or
+            more than an index in memory holds.
         torn: Files in the place of a blob whose length or header is not a blob's.
         finished: Every directory was read to its end.
         resumed: An earlier scan had read the first of them: what it met is not in these figures.
@@ -65,6 +67,7 @@ class ReconcileReport:
     by_namespace: Counter[NamespaceId] = field(default_factory=Counter)
     added: int = 0
     removed: int = 0
+    unindexed: Counter[NamespaceId] = field(default_factory=Counter)
     torn: list[ScanEntry] = field(default_factory=list)
     finished: bool = True
     resumed: bool = False
@@ -133,10 +136,19 @@ def reconcile(
         if namespace >= done_namespace:
             merge = _Merge(tree, hints, namespace, report, gone=gone, stop=stop)
             merge.run(after=after if namespace == done_namespace else _START)
-    if report.finished:
+    if report.finished and hints.has_forgotten:
+        _tell_partial(report, hints)
+    elif report.finished:
         hints.set_mark(COMPLETE_MARK, "1")
         hints.set_mark(CURSOR_MARK, None)
     return report
+
+
+def _tell_partial(report: ReconcileReport, hints: Hints) -> None:
+    """Say that the index had no room for all of the root, and for how much it had none."""
+    rows = {namespace: totals.file_bytes for namespace, totals in hints.totals().items()}
+    report.unindexed = report.by_namespace - Counter(rows)
+    report.errors.append(PARTIAL)
 
 
 def _cursor(hints: Hints) -> tuple[str, tuple[str, str]]:
@@ -235,12 +247,15 @@ class _Merge:
 
     def _learn(self, entry: ScanEntry, *, used_s: int, is_new: bool) -> None:
         header = self._tree.read_header(self._namespace, entry.key)
-        if isinstance(header, Miss):
-            if header.reason in (MissReason.TORN, MissReason.HEADER):
+        if isinstance(header, Miss) or file_bytes(header.stored_bytes) != entry.file_bytes:
+            if isinstance(header, Miss) and header.reason is MissReason.ABSENT:
+                return
+            self._report.unindexed[self._namespace] += entry.file_bytes
+            if not isinstance(header, Miss) or header.reason in (
+                MissReason.TORN,
+                MissReason.HEADER,
+            ):
                 self._report.tore(entry)
-            return
-        if file_bytes(header.stored_bytes) != entry.file_bytes:
-            self._report.tore(entry)
             return
         self._report.added += is_new
         record = record_of(header, used_s=used_s, touched_s=used_s)

@@ -15,12 +15,14 @@ import xxhash
 from prefixstore.blob import codec as codecs
 from prefixstore.blob.header import (
     ALIGN_BYTES,
+    FILE_BYTES_MAX,
     FORMAT_VERSION,
     HEADER_BYTES,
     BlobHeader,
     encode_header_into,
     file_bytes,
 )
+from prefixstore.blob.reasons import MissReason
 from prefixstore.clock import Clock, SystemClock
 from prefixstore.config import RAW_BYTES_MAX, Codec, StoreConfig
 from prefixstore.errors import InvalidError, PrefixStoreError, UnavailableError
@@ -264,7 +266,7 @@ class BlobTree:
         return self._loader.read_header(namespace, key)
 
     def probe(self, namespace: NamespaceId, key: Key) -> int | None:
-        """Return the length of a blob's file by one stat; None if it is absent or surely torn.
+        """Return the length of a blob's file by one stat; None if it is absent or surely no blob.
 
         Raises:
             UnavailableError: The filesystem does not say.
@@ -276,8 +278,24 @@ class BlobTree:
             if is_absence(error):
                 return None
             raise translate(error, doing="look for", path=path) from error
-        whole = found.size_bytes > HEADER_BYTES and found.size_bytes % ALIGN_BYTES == 0
-        return found.size_bytes if found.is_file and whole else None
+        whole = HEADER_BYTES < found.size_bytes <= FILE_BYTES_MAX
+        if not found.is_file or not whole or found.size_bytes % ALIGN_BYTES:
+            return None
+        return found.size_bytes
+
+    def is_torn(self, namespace: NamespaceId, key: Key) -> bool:
+        """Whether a file under a blob's name has not a blob's length, or not the one its header says.
+
+        The file is opened for it: what a client remembers of a name, or of a length, can be older than a
+        blob that another host has put there since.
+
+        Raises:
+            UnavailableError: The filesystem does not say.
+        """
+        header = self.read_header(namespace, key)
+        if isinstance(header, Miss):
+            return header.reason is MissReason.TORN
+        return self.probe(namespace, key) != file_bytes(header.stored_bytes)
 
     # Keeping.
 

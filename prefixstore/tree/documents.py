@@ -22,6 +22,7 @@ __all__ = [
     "ensure_directory",
     "is_temporary_document",
     "put_document",
+    "put_name",
     "read_document",
     "replace_document",
 ]
@@ -175,7 +176,10 @@ def _write(
             os_calls.close(fd)
         if group_shared:
             os_calls.set_mode(temporary, GROUP_FILE_MODE)
-        _publish(temporary, path, os_calls=os_calls, replace=replace)
+        if replace:
+            os_calls.rename(temporary, path)
+        else:
+            put_name(temporary, path, os_calls=os_calls)
     except OSError as error:
         raise translate(error, doing="write", path=path) from error
     finally:
@@ -183,10 +187,12 @@ def _write(
             os_calls.unlink(temporary)
 
 
-def _publish(temporary: str, path: str, *, os_calls: Os, replace: bool) -> None:
-    if replace:
-        os_calls.rename(temporary, path)
-        return
+def put_name(temporary: str, path: str, *, os_calls: Os) -> None:
+    """Give a file its name unless another has it; its first name may stay.
+
+    Raises:
+        OSError: As the filesystem says, but not because the name exists.
+    """
     try:
         os_calls.link(temporary, path)
     except FileExistsError:

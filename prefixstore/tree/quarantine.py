@@ -3,14 +3,22 @@
 A blob that failed a check is renamed to ``quarantine/<reason>.<random>.<key>.kv``, so that the next
 store of its key finds the place free. The oldest go first when the quarantine is over its limit. Both
 are safe for several hosts at once: each rename and unlink is of one name, and a lost race is no error.
+
+Between the reading that condemned a file and the rename, another host may have put a sound blob in its place.
+So what was moved is read once more, here, where nobody replaces it, and a sound one gets its name back.
 """
 
 import contextlib
+import os
 import re
 import uuid
 
-from prefixstore.blob.verify import MissReason
+from prefixstore.blob.header import FILE_BYTES_MAX
+from prefixstore.blob.reasons import MissReason
+from prefixstore.blob.verify import check_image
+from prefixstore.errors import CorruptError
 from prefixstore.keys import Key, NamespaceId
+from prefixstore.tree.documents import put_name
 from prefixstore.tree.osfs import Stat
 from prefixstore.tree.paths import BLOB_SUFFIX
 from prefixstore.tree.root import Root
@@ -32,7 +40,7 @@ class Quarantine:
         self._bytes_max = bytes_max
 
     def take(self, namespace: NamespaceId, key: Key, reason: MissReason) -> bool:
-        """Move a blob here; returns whether it was still there.
+        """Move a blob here; returns whether it was there, and is damaged.
 
         Raises:
             UnavailableError: It cannot be moved.
@@ -51,6 +59,10 @@ class Quarantine:
             if is_absence(error):
                 return False
             raise translate(error, doing="move into quarantine", path=source) from error
+        # A payload that does not decode is sound as far as its digest goes.
+        if reason is not MissReason.CODEC and self._is_sound(target, namespace, key):
+            self._give_back(target, source)
+            return False
         self._trim()
         return True
 
@@ -68,6 +80,36 @@ class Quarantine:
             with contextlib.suppress(OSError):  # Another host trims, too.
                 found.append((name, self._os.stat(f"{path}/{name}")))
         return sorted(found, key=lambda item: item[1].modified_s)
+
+    def _is_sound(self, path: str, namespace: NamespaceId, key: Key) -> bool:
+        """Whether a file is the whole, intact blob of a key; what cannot be read is not."""
+        try:
+            fd = self._os.open(path, os.O_RDONLY)
+            try:
+                size = self._os.stat_open(fd).size_bytes
+                image = memoryview(bytearray(min(size, FILE_BYTES_MAX)))
+                done = 0
+                while count := self._os.read_into(fd, image[done:], done):
+                    done += count
+            finally:
+                self._os.close(fd)
+            header = check_image(image[:done])
+        except (OSError, CorruptError):
+            return False
+        return size == done and (header.namespace, header.key) == (namespace, key)
+
+    def _give_back(self, path: str, source: str) -> None:
+        """Give a sound blob its name again, unless another has it by now.
+
+        Raises:
+            UnavailableError: It cannot be named; it stays in the quarantine.
+        """
+        try:
+            put_name(path, source, os_calls=self._os)
+            self._os.unlink(path)
+        except OSError as error:
+            if not is_absence(error):
+                raise translate(error, doing="give back", path=source) from error
 
     def _trim(self) -> None:
         contents = self.contents()

@@ -175,7 +175,9 @@ def test_rm_erases_damaged_copies_too(root: str, run: Run, fill: Fill, engine: E
     with PrefixStore.open(root, namespace=FIELDS, config=config, index=None) as store:
         quarantine = Quarantine(store.root, bytes_max=2**30)
         for name in ("a", "b"):
-            assert quarantine.take(NAMESPACE, chain(name, 10)[9], MissReason.DIGEST)
+            key = chain(name, 10)[9]
+            Path(store.root.layout.blob(NAMESPACE, key)).write_bytes(b"damaged")
+            assert quarantine.take(NAMESPACE, key, MissReason.TORN)
     engine.answers({NAMESPACE: [chain("a", 10)]})
     outcome = run("rm", root, *PROMPTS, "--yes")
 

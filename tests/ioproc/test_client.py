@@ -1,6 +1,8 @@
 """The engine's side of the I/O process: exact, bounded, and never wrong about where bytes land."""
 
+import errno
 import os
+import selectors
 import signal
 import subprocess
 import time
@@ -420,3 +422,33 @@ def test_a_root_that_may_not_be_written_serves_hits_and_stores_nothing(make_clie
     assert [True] * 3 == found.present
     assert [keys[0]] == loaded.landed
     assert {other: "read_only"} == stored.skipped
+
+
+def test_a_closed_client_writes_to_no_file(client):
+    """What comes after the end is dropped: the number of its wake-up file may be another file's by then."""
+    number = client._pump._wake
+    client.close(2.0)
+    pipes = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(64)]
+    try:
+        assert number in pipes
+        client.touch(chain(1))
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(number)
+    finally:
+        for pipe in pipes:
+            os.close(pipe)
+
+
+def test_a_pump_that_cannot_watch_its_process_starts_another(make_client, monkeypatch):
+    """A machine that is out of watches for a moment costs a process, not the store until the engine's end."""
+    register = selectors.EpollSelector.register
+    calls = []
+
+    def refuse_one(self, file, events, data=None):
+        calls.append(data)
+        if len(calls) == 3:  # After the wake-up and the first channel.
+            raise OSError(errno.ENOSPC, "no watches left")
+        return register(self, file, events, data)
+
+    monkeypatch.setattr(selectors.EpollSelector, "register", refuse_one)
+    await_state(make_client(), "on")

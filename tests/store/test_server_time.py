@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from prefixstore.clock import SystemClock
 from prefixstore.store import PrefixStore
 from prefixstore.testing.chains import chain, load, payload_of, store_chain
 from prefixstore.testing.clock import ManualClock
@@ -80,3 +81,28 @@ def test_a_host_that_did_not_know_the_time_goes_on_touching(open_store: OpenStor
         ahead.work()
         assert path.stat().st_mtime > 1
         clock.advance(1000)
+
+
+class Adjusted(SystemClock):
+    """A host's clock that somebody sets anew."""
+
+    def __init__(self) -> None:
+        self.set_by_s = 0.0
+
+    def wall_s(self) -> float:
+        """Return the time as it was set."""
+        return super().wall_s() + self.set_by_s
+
+
+def test_setting_a_hosts_clock_makes_nothing_old_and_ends_no_pin(open_store: OpenStore) -> None:
+    """Once the server's time is known, it goes on whatever the wall clock does."""
+    clock = Adjusted()
+    store = open_store(clock=clock, index=None)
+    keys, pinned = chain("young", 3), chain("pinned", 3)
+    store_chain(store, keys)
+    store_chain(store, pinned)
+    store.pin("for-a-day", pinned, ends_at_s=store.server_now_s() + 86400)
+    for step_s in (30 * 86400.0, -30 * 86400.0):
+        clock.set_by_s = step_s
+        assert store.evict(max_age_s=86400.0).evicted_chunks == 0
+        assert store.evict(0, dry_run=True).planned_chunks == 3

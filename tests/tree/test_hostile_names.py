@@ -136,6 +136,7 @@ def test_a_reaper_stays_within_the_root(here, tmp_path):
 
     here.writers.reap(server_now_s=1e12, spare="", thorough=True)
     here.store(key_of("two"))
+    here.damage(key_of("two"))
     Quarantine(here.root, bytes_max=0).take(here.namespace, key_of("two"), MissReason.DIGEST)
 
     assert sorted(path.name for path in victim.iterdir()) == sorted(precious)
@@ -150,3 +151,13 @@ def test_a_root_behind_a_linked_identity_is_not_opened(tmp_path):
 
     with pytest.raises(OSError, match="symbolic link"):
         Root.open(str(tmp_path / "fake"), os_calls=QuickOs())
+
+
+def test_a_file_longer_than_any_blob_is_none(here):
+    """A sparse file of gigabytes has a name and whole pages, and a size that no index can hold."""
+    here.store(KEY)
+    os.truncate(here.file_of(KEY), 5 * 2**30)
+
+    assert here.tree.probe(here.namespace, KEY) is None
+    assert not here.store(KEY).existed
+    assert here.load(KEY) == payload_of(KEY)

@@ -16,6 +16,7 @@ from prefixstore.testing.faults import Fail, FaultyOs, Kill, When
 from prefixstore.testing.quick import QuickOs
 from prefixstore.tree.pins import Pin, Pins, pinned_keys
 from prefixstore.tree.quarantine import FILES_MAX, Quarantine
+from prefixstore.tree.root import Root
 from prefixstore.tree.writers import PRESUMED_DEAD_S, WriterDocument, Writers, this_process
 from tests.tree.trees import KILLED, Fixture, in_child, key_of, payload_of
 
@@ -343,6 +344,7 @@ def test_this_process_is_described_so_that_others_can_judge_it():
 def test_a_quarantined_blob_makes_room_for_a_sound_one(here):
     """It is out of the way, kept for people, and the key can be stored again."""
     here.store(KEY)
+    here.damage(KEY)
 
     assert Quarantine(here.root, bytes_max=2**20).take(here.namespace, KEY, MissReason.DIGEST)
 
@@ -360,10 +362,39 @@ def test_a_blob_that_is_gone_is_not_quarantined(here):
     assert not Quarantine(here.root, bytes_max=1).take(here.namespace, KEY, MissReason.DIGEST)
 
 
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_sound_blob_gets_its_name_back(here, has_links):
+    """Somebody has stored the key between the reading that condemned the file and its removal."""
+    here.store(KEY)
+    refused = () if has_links else When(fault=Fail(errno.ENOTSUP), name="link", forever=True)
+    calls = FaultyOs(here.os_calls, refused)
+    root = Root.open(here.path, os_calls=calls)
+
+    assert not Quarantine(root, bytes_max=2**20).take(here.namespace, KEY, MissReason.TORN)
+    assert here.load(KEY) == payload_of(KEY)
+    assert Quarantine(root, bytes_max=2**20).contents() == []
+
+
+def test_a_sound_blob_whose_name_is_taken_meanwhile_is_dropped(here):
+    """One is enough, and the quarantine is for damaged ones."""
+    here.store(KEY)
+
+    class Overtaken(QuickOs):
+        def rename(self, source, target):
+            super().rename(source, target)
+            here.store(KEY)
+
+    root = Root.open(here.path, os_calls=Overtaken())
+    assert not Quarantine(root, bytes_max=2**20).take(here.namespace, KEY, MissReason.DIGEST)
+    assert here.load(KEY) == payload_of(KEY)
+    assert Quarantine(root, bytes_max=2**20).contents() == []
+
+
 def test_a_removed_quarantine_is_made_again(here):
     """An operator who empties it with ``rm -r`` must not leave damaged blobs in place for ever."""
     Path(here.root.layout.quarantine).rmdir()
     here.store(KEY)
+    here.damage(KEY)
 
     assert Quarantine(here.root, bytes_max=2**20).take(here.namespace, KEY, MissReason.DIGEST)
     assert here.load(KEY) == "absent"
@@ -374,6 +405,7 @@ def test_the_quarantine_is_bounded_in_bytes_and_files(here):
     quarantine = Quarantine(here.root, bytes_max=100_000)
     for number in range(8):
         here.store(key_of(str(number)))
+        here.damage(key_of(str(number)))
         quarantine.take(here.namespace, key_of(str(number)), MissReason.DIGEST)
 
     contents = quarantine.contents()
@@ -385,5 +417,6 @@ def test_the_quarantine_is_bounded_in_bytes_and_files(here):
         path = Path(here.root.layout.quarantine) / f"torn.{number:08x}.{'00' * 36}.kv"
         path.touch()
     here.store(KEY)
+    here.damage(KEY)
     quarantine.take(here.namespace, KEY, MissReason.DIGEST)
     assert len(quarantine.contents()) <= FILES_MAX

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from prefixstore.blob.header import HEADER_BYTES
 from prefixstore.config import Codec, StoreConfig
 from prefixstore.keys import Key, NamespaceId, make_key
 from prefixstore.testing.quick import QuickOs
@@ -67,6 +68,12 @@ class Fixture:
 
     def file_of(self, key: Key) -> Path:
         return Path(self.root.layout.blob(self.namespace, key))
+
+    def damage(self, key: Key) -> None:
+        """Change the first byte of a blob's payload, as a failing disk does."""
+        with self.file_of(key).open("r+b") as file:
+            file.seek(HEADER_BYTES)
+            file.write(bytes([payload_of(key)[0] ^ 1]))
 
     def temporaries(self) -> list[str]:
         """Return every file of any writer that is not published."""
