@@ -5,8 +5,9 @@ from typing import Any
 
 from prefixstore.keys import Key
 from prefixstore.testing.clock import ManualClock
+from prefixstore.vllm.direct.chunks import ChunkShape
 from prefixstore.vllm.direct.messages import RankReport, StepOrders, StepReport
-from prefixstore.vllm.direct.scheduler import ChunkShape, DirectScheduler
+from prefixstore.vllm.direct.scheduler import DirectScheduler
 
 BLOCKS = list(range(100, 140))
 PATIENCE_S = 7.0
@@ -22,6 +23,7 @@ def request(name: str = "r", *, tokens: int = 70, **fields: Any) -> Any:
         num_computed_tokens=0,
         block_hashes=[bytes([n]) * 32 for n in range(tokens // 8)],
         skip_reading_prefix_cache=False,
+        kv_transfer_params=None,
         **fields,
     )
 
@@ -30,13 +32,18 @@ def key(number: int) -> Key:
     return Key(bytes([number]) * 32 + bytes(4))
 
 
+def flags(count: int) -> tuple[bytes, ...]:
+    """Say that the first ``count`` of four chunks are there."""
+    return (bytes([1] * count + [0] * (4 - count)),)
+
+
 class Harness:
     """A scheduler's side with two ranks, chunks of two blocks of 8 tokens, and a clock."""
 
     def __init__(self, *, ranks: int = 2, prompts_only: bool = False) -> None:
         self.clock = ManualClock()
         self.books = DirectScheduler(
-            shape=ChunkShape(tokens_per_hash=8, tokens_per_block=8, blocks=2),
+            shapes=[ChunkShape(tokens_per_hash=8, tokens_per_block=8, blocks=2)],
             ranks=ranks,
             find_patience_s=PATIENCE_S,
             clock=self.clock,
@@ -44,18 +51,19 @@ class Harness:
         )
 
     def step(self, scheduled: dict[str, int] | None = None, *, preempted: Any = ()) -> StepOrders:
-        orders = self.books.take_loads(preempted=preempted)
+        orders = self.books.take_loads()
         self.books.plan(
             orders,
             scheduled_tokens=scheduled or {},
-            blocks_of=lambda _: BLOCKS,
+            preempted=preempted,
+            blocks_of=lambda _: (BLOCKS,),
         )
         return orders
 
     def found(self, orders: StepOrders, *counts: int) -> None:
         (find,) = orders.finds
         for rank, count in enumerate(counts):
-            report = StepReport(ranks={rank: RankReport(found={find.ticket: count})})
+            report = StepReport(ranks={rank: RankReport(found={find.ticket: flags(count)})})
             self.books.take_report(report)
 
     def settle(self, numbers: Any, *ranks: int) -> None:
@@ -72,11 +80,11 @@ def test_a_hit_needs_every_rank():
 
     assert it.books.count_matched(r, 0) is None
     orders = it.step()
-    assert [tuple(key(n) for n in (1, 3, 5, 7))] == [find.keys for find in orders.finds]
     (find,) = orders.finds
-    it.books.take_report(StepReport(ranks={1: RankReport(found={find.ticket: 4})}))
+    assert [tuple(key(n) for n in (1, 3, 5, 7))] == [group.keys for group in find.groups]
+    it.books.take_report(StepReport(ranks={1: RankReport(found={find.ticket: flags(4)})}))
     assert it.books.count_matched(r, 0) is None
-    it.books.take_report(StepReport(ranks={0: RankReport(found={find.ticket: 3})}))
+    it.books.take_report(StepReport(ranks={0: RankReport(found={find.ticket: flags(3)})}))
     assert 48 == it.books.count_matched(r, 0)
     assert 8 == it.books.count_matched(r, 40)
     assert [] == it.step().finds, "asked once"
@@ -112,7 +120,7 @@ def test_a_load_writes_only_past_the_engines_own_blocks():
     it.books.count_matched(r, 8)
     it.found(it.step(), 3)
     assert 40 == it.books.count_matched(r, 8)
-    it.books.allocate(r, BLOCKS, 40)
+    it.books.allocate(r, [BLOCKS], 40)
     (load,) = it.step().loads
 
     assert [(key(1), (101,), 1), (key(3), (102, 103), 0), (key(5), (104, 105), 0)] == [
@@ -127,7 +135,7 @@ def test_what_was_found_is_not_stored_again_but_what_failed_is():
     it.books.count_matched(r, 0)
     it.found(it.step(), 3)
     it.books.count_matched(r, 0)
-    it.books.allocate(r, BLOCKS, 48)
+    it.books.allocate(r, [BLOCKS], 48)
     it.step()
     it.books.take_failures([103])
     it.books.end_loads(["r"])
@@ -141,38 +149,68 @@ def test_what_was_found_is_not_stored_again_but_what_failed_is():
     assert [key(3), key(5), key(7)] == [store.key for store in stores]
 
 
-def test_blocks_are_held_until_every_rank_has_read_them():
-    """A request that ends while a rank still reads keeps its blocks; one that is all read does not."""
-    it, early, late = Harness(), request("early"), request("late")
-    for r in (early, late):
-        it.books.add(r)
-        it.books.count_matched(r, 0)
-    orders = it.step()
-    for find in orders.finds:
-        for rank in (0, 1):
-            it.books.take_report(StepReport(ranks={rank: RankReport(found={find.ticket: 0})}))
-    stores = it.step({"early": 70, "late": 70}).stores
-    numbers = {
-        name: [s.number for s in stores if s.request_id == name] for name in ("early", "late")
-    }
-    assert [4, 4] == [len(part) for part in numbers.values()]
-    it.settle(numbers["early"], 0, 1)
-    it.settle(numbers["late"], 0)
+def test_a_step_tells_which_stores_its_blocks_end():
+    """Blocks are nobody's to keep: one that is given away ends the stores that a rank still reads."""
+    it, r = Harness(), request()
+    it.books.add(r)
+    it.books.count_matched(r, 0)
+    it.found(it.step(), 0, 0)
+    stores = it.step({"r": 70}).stores
+    numbers = [store.number for store in stores]
+    it.books.finish(r)
+    it.settle(numbers[:1], 0, 1)
+    it.settle(numbers[1:2], 0)
+    assert it.books.is_reading
+    it.books.give_away([*stores[0].blocks, stores[1].blocks[1], 500])
 
-    assert (False, True) == (it.books.finish(early), it.books.finish(late))
-    assert ["late"] == it.step().held
+    assert [numbers[1]] == it.step().overwritten
+    assert [] == it.step().overwritten, "once"
+    it.settle(numbers[2:], 0, 1)
+    assert not it.books.is_reading
 
 
-def test_a_request_that_ends_while_it_loads_is_vllms_to_hold():
-    """VLLM keeps those blocks until the load is reported; a second promise would free them twice."""
+def test_the_blocks_of_a_load_are_given_away_too():
+    """What a load writes into may still be read for a request that has ended."""
+    it, ended, r = Harness(ranks=1), request("ended"), request("r")
+    it.books.add(ended)
+    it.books.count_matched(ended, 0)
+    it.found(it.step(), 0)
+    stores = it.step({"ended": 70}).stores
+    it.books.finish(ended)
+    it.books.add(r)
+    it.books.count_matched(r, 0)
+    it.found(it.step(), 2)
+    it.books.count_matched(r, 0)
+    it.books.allocate(r, [BLOCKS], 32)
+
+    assert [store.number for store in stores[:2]] == it.step().overwritten
+
+
+def test_an_engine_steps_on_for_stores_only_while_they_move():
+    """A store that no rank ends keeps an idle engine busy for a bounded time."""
     it, r = Harness(ranks=1), request()
     it.books.add(r)
     it.books.count_matched(r, 0)
-    it.found(it.step(), 4)
-    it.books.count_matched(r, 0)
-    it.books.allocate(r, BLOCKS, 64)
+    it.found(it.step(), 0)
+    stores = it.step({"r": 70}).stores
+    it.books.finish(r)
+    it.clock.advance(4.0)
+    it.settle([stores[0].number], 0)
+    it.clock.advance(4.0)
+    assert it.books.is_reading
+    it.clock.advance(2.0)
+    assert not it.books.is_reading
 
-    assert not it.books.finish(r)
+
+def test_a_rank_without_a_store_turns_all_off():
+    """What one rank cannot store is of no use from the others."""
+    it, r = Harness(), request()
+    it.books.add(r)
+    it.books.count_matched(r, 0)
+    it.books.take_report(StepReport(ranks={1: RankReport(is_off=True)}))
+
+    assert it.step().is_off
+    assert 0 == it.books.count_matched(r, 0)
 
 
 def test_a_preempted_request_is_asked_about_anew():
@@ -183,14 +221,12 @@ def test_a_preempted_request_is_asked_about_anew():
     it.found(it.step(), 0)
     it.books.count_matched(r, 0)
     stores = it.step({"r": 70}).stores
-    orders = it.step(preempted=["r"])
+    it.step(preempted=["r"])
     it.settle([store.number for store in stores], 0)
 
-    assert ["r"] == orders.preempted
     assert it.books.count_matched(r, 0) is None
     it.found(it.step(), 4)
     assert 64 == it.books.count_matched(r, 0)
-    assert not it.books.finish(r)
 
 
 def test_adapters_and_a_reset_store_are_left_alone():
@@ -255,8 +291,115 @@ def test_a_load_that_cannot_be_ordered_is_reported_once():
     it.books.count_matched(r, 16)
     it.found(it.step(), 4)
     assert 48 == it.books.count_matched(r, 16)
-    it.books.doom("r", BLOCKS[:8], 48)
+    it.books.doom("r", [BLOCKS[:8]], 48)
     (order,) = it.step().loads
 
     assert ((), (102, 103, 104, 105, 106, 107)) == (order.chunks, order.doomed)
     assert 0 == it.books.count_matched(r, 16)
+
+
+def test_a_request_may_limit_what_it_loads_and_stores():
+    """By vLLM's own `kv_transfer_params`, in whole chunks; what is no limit is none."""
+    it = Harness(ranks=1)
+    limited, odd = request("limited"), request("odd")
+    limited.kv_transfer_params = {"max_load_tokens": 40, "max_offload_tokens": 60}
+    odd.kv_transfer_params = {"max_load_tokens": -1, "max_offload_tokens": True}
+    for r in (limited, odd):
+        it.books.add(r)
+        assert it.books.count_matched(r, 0) is None
+        it.found(it.step(), 3)
+
+    assert [32, 48] == [it.books.count_matched(r, 0) for r in (limited, odd)]
+    stores = it.step({"limited": 70, "odd": 70}).stores
+    assert [("odd", 64)] == [(store.request_id, store.end_token) for store in stores]
+
+
+class Windowed(Harness):
+    """One group of full attention beside one with a window of 20 tokens; windows are kept every 32."""
+
+    BLOCKS = (list(range(100, 140)), list(range(200, 240)))
+
+    def __init__(self) -> None:
+        super().__init__(ranks=1)
+        shapes = [
+            ChunkShape(tokens_per_hash=8, tokens_per_block=8, blocks=1, group=n, window=window)
+            for n, window in enumerate((None, 20))
+        ]
+        self.books = DirectScheduler(
+            shapes=shapes, ranks=1, find_patience_s=PATIENCE_S, clock=self.clock, interval=32
+        )
+        self.blocks = tuple(list(blocks) for blocks in self.BLOCKS)
+
+    def step(self, scheduled: dict[str, int] | None = None, *, preempted: Any = ()) -> StepOrders:
+        orders = self.books.take_loads()
+        self.books.plan(
+            orders,
+            scheduled_tokens=scheduled or {},
+            preempted=preempted,
+            blocks_of=lambda _: self.blocks,
+        )
+        return orders
+
+    def answer(self, orders: StepOrders, full: bytes, window: bytes) -> None:
+        (find,) = orders.finds
+        report = RankReport(found={find.ticket: (full, window)})
+        self.books.take_report(StepReport(ranks={0: report}))
+
+
+def by_group(stores: Any) -> list[list[Any]]:
+    """Part stores by what their keys end with."""
+    return [[store for store in stores if store.key[-1] == group] for group in (0, 1)]
+
+
+def test_windows_are_stored_at_boundaries_and_where_the_prompt_ends():
+    """Of 70 tokens those before 32 and 64, which is also the end; what has left the window is not."""
+    it, r = Windowed(), request()
+    it.books.add(r)
+    it.books.count_matched(r, 0)
+    it.answer(it.step(), bytes(8), bytes(8))
+    it.blocks[1][:2] = [0, 0]
+    stores = it.step({"r": 70}).stores
+    full, windows = by_group(stores)
+
+    assert [8, 16, 24, 32, 40, 48, 56, 64] == [store.end_token for store in full]
+    assert [(24, (202,)), (32, (203,)), (48, (205,)), (56, (206,)), (64, (207,))] == [
+        (store.end_token, store.blocks) for store in windows
+    ]
+    assert sorted(stores, key=lambda store: store.end_token) == stores
+
+
+def test_a_hit_ends_where_every_group_has_what_it_needs():
+    """All of full attention and the window before 32 are there: 32 tokens are loaded, and no more."""
+    it, r = Windowed(), request()
+    it.books.add(r)
+    it.books.count_matched(r, 0)
+    it.answer(it.step(), bytes([1] * 8), bytes([0, 1, 1, 1, 1, 0, 1, 1]))
+    assert 40 == it.books.count_matched(r, 0)
+    blocks = [it.BLOCKS[0][:5], [0, 0, *it.BLOCKS[1][2:5]]]
+    it.books.allocate(r, blocks, 40)
+    (load,) = it.step().loads
+
+    assert load.is_whole
+    assert [(n, 0) for n in range(5)] == [
+        (chunk.blocks[0] - 100, chunk.first) for chunk in load.chunks if chunk.key[-1] == 0
+    ]
+    assert [202, 203, 204] == [chunk.blocks[0] for chunk in load.chunks if chunk.key[-1] == 1]
+
+
+def test_of_a_load_that_failed_nothing_is_used_and_all_is_offered_again():
+    """Groups cannot be cut short one by one: the request computes, and stores what it computed."""
+    it, r = Windowed(), request(tokens=41)
+    it.books.add(r)
+    it.books.count_matched(r, 0)
+    it.answer(it.step(), bytes([1] * 5), bytes([0, 0, 1, 1, 1]))
+    assert 40 == it.books.count_matched(r, 0)
+    it.books.allocate(r, [it.BLOCKS[0][:5], [0, 0, *it.BLOCKS[1][2:5]]], 40)
+    it.step()
+    it.books.take_failures([], ["r"])
+    it.books.end_loads(["r"])
+
+    assert 0 == it.books.count_matched(r, 0), "not from the store twice"
+    stores = it.step({"r": 41}).stores
+    assert [[8, 16, 24, 32, 40], [16, 24, 32, 40]] == [
+        [store.end_token for store in group] for group in by_group(stores)
+    ]

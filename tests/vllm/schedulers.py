@@ -50,7 +50,7 @@ BOOKS = frozenset(
         "requests", "_requests", "_questions", "_asking", "_results", "_storing", "_renamed",
         "_accounted", "_preemptions", "_promised", "_waits_since_s", "_req_status", "_req_state",
         "_jobs", "_finds", "_stores", "_loads", "_chunks", "_stores_waiting", "_batches",
-        "_keys_storing", "_unread", "_held", "_failed_blocks", "_finds_waiting",
+        "_keys_storing", "_failed_blocks", "_failed_requests", "_finds_waiting", "_readers",
     }
 )  # fmt: skip
 """Attributes that tell of requests and transfers under way, in vLLM's scheduler and in ours."""
@@ -301,6 +301,8 @@ class Machine:
             lifecycle = KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(output)
             with lifecycle as transfers:
                 sampled = self._compute(output)
+        if not output.num_scheduled_tokens:
+            return ModelRunnerOutput.with_kv_conn_output_only(transfers)
         names = list(output.num_scheduled_tokens)
         return ModelRunnerOutput(
             req_ids=names,

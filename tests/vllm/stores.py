@@ -14,7 +14,8 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,6 +148,11 @@ def header_of(blob: Path) -> BlobHeader:
     """Read one blob's header."""
     with blob.open("rb") as file:
         return decode_header(file.read(HEADER_BYTES))
+
+
+def chunks_by_group(blobs: Iterable[Path]) -> tuple[int, ...]:
+    """Return how many chunks each KV group has, fewest first."""
+    return tuple(sorted(Counter(blob.stem[-8:] for blob in blobs).values()))
 
 
 def until(condition: Callable[[], bool], what: str, *, patience_s: float = PATIENCE_S) -> None:

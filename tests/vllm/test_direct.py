@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 
-from tests.vllm import stores, test_damage
+from tests.vllm import models, stores, test_damage
 from tests.vllm.conftest import NewPlace
 from tests.vllm.engine import Engine, Generation
-from tests.vllm.stores import CHUNKS, FLOAT32, PROMPT_CHUNKS, PROMPTS, Reference
+from tests.vllm.stores import CHUNKS, FLOAT32, LONG, PROMPT_CHUNKS, PROMPTS, Reference
 from tests.vllm.test_damage import CHUNKS_EACH, DAMAGE
+from tests.vllm.test_shapes import DO_NOT_STORE, SHAPES, SHARING, Shape
 
-STORED = CHUNKS + 1
-"""The chunks of the prompts, and one that OTHER's answer completes."""
 BUFFERS_BYTES = 16 * 2**20
 """Seven chunks on either side of the ring: LONG alone has thirteen."""
 
@@ -67,7 +66,7 @@ def test_what_a_killed_engine_stored_serves_the_next_and_another_host(
     here, there = new_direct(), new_direct()
     engine = here.engine(tiny_llama)
     cold = engine.generate_each(PROMPTS, logprobs=1)
-    here.await_blobs(STORED)
+    here.await_blobs(CHUNKS)
     engine.kill()
     with here.engine(tiny_llama, state=None) as engine, there.engine(tiny_llama) as other:
         # The very first request comes before the store is open: it waits the moment that takes.
@@ -143,6 +142,40 @@ def test_killed_while_storing(new_direct: Any, tiny_llama: Path, alone: Referenc
     assert stores.outputs(alone.cold) == stores.outputs(warm)
 
 
+WINDOWED = [shape for shape in SHAPES if shape.model in ("mistral", "gemma3", "gpt-oss")]
+
+
+@pytest.mark.parametrize("shape", WINDOWED, ids=lambda shape: shape.model)
+def test_windows_answer_the_same_and_a_lost_one_costs_a_recompute(
+    new_direct: Any, shape: Shape
+) -> None:
+    """As by the tier: the same chunks, hits up to a boundary; then a window's chunk is removed."""
+    place, model = new_direct(buffers_bytes=32 * 2**20), models.tiny(shape.model)
+    llm = {"dtype": shape.dtype}
+    with place.engine(model, llm=llm) as engine:
+        (sharing,) = engine.generate([SHARING], logprobs=1, sampling=DO_NOT_STORE)
+        forget(engine)
+        (cold,) = engine.generate([LONG], logprobs=1)
+        blobs = place.await_blobs(sum(shape.stored))
+    with place.engine(model, llm=llm) as engine:
+        answers = engine.generate_each([SHARING, LONG], logprobs=1)
+        misses = stores.labelled(engine, "vllm:prefixstore_load_misses", "reason")
+        forget(engine)
+        headers = {blob: stores.header_of(blob) for blob in blobs.values()}
+        windows = [b for b in blobs.values() if b.stem[-8:] == min(k[-8:] for k in blobs)]
+        last = max(windows, key=lambda blob: headers[blob].end_token)
+        last.unlink()
+        lame = engine.generate_each([LONG], logprobs=1)
+        stores.until(last.is_file, "the chunk to be stored again")
+        failures = stores.labelled(engine, "vllm:prefixstore_failed_callbacks", "callback")
+
+    assert shape.stored == stores.chunks_by_group(blobs.values())
+    assert [shape.shared_tokens, 13 * stores.BLOCK_TOKENS] == [a.cached_tokens for a in answers]
+    assert stores.outputs([sharing, cold]) == stores.outputs(answers)
+    assert stores.outputs([cold]) == stores.outputs(lame)
+    assert ({}, {}) == (misses, failures)
+
+
 def test_two_ranks_each_store_their_part(new_direct: Any, tiny_llama: Path) -> None:
     """A hit needs both ranks' parts; where one rank lacks one, both compute, and it is stored again."""
     # Two workers that spin on two cores leave little to what they wait for.
@@ -155,7 +188,7 @@ def test_two_ranks_each_store_their_part(new_direct: Any, tiny_llama: Path) -> N
         return [sorted(namespace.glob("*/*/*.kv")) for namespace in namespaces]
 
     def await_parts() -> None:
-        stores.until(lambda: [STORED] * 2 == [len(part) for part in parts()], "all parts")
+        stores.until(lambda: [CHUNKS] * 2 == [len(part) for part in parts()], "all parts")
 
     with place.engine(tiny_llama, multiprocess=True, llm=llm, env=env) as engine:
         cold = engine.generate_each(PROMPTS)

@@ -10,6 +10,7 @@ from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
+    MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
 )
@@ -19,8 +20,9 @@ from prefixstore.keys import namespace_id
 from prefixstore.vllm.direct.pages import Pages, Region
 from prefixstore.vllm.direct.shapes import (
     check_topology,
-    chunk_shape,
+    chunk_shapes,
     divide_memory,
+    keep_interval,
     layout_field,
 )
 from prefixstore.vllm.options import TierOptions
@@ -34,37 +36,65 @@ def caches(*specs: Any) -> KVCacheConfig:
     return KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=groups)
 
 
-def config(*, multimodal: bool = False, **sizes: int) -> Any:
-    parallel = {f"{name}_parallel_size": sizes.get(name, 1) for name in SIZES}
+def config(*, multimodal: bool = False, launcher: str = "mp", **sizes: int) -> Any:
+    parallel: dict[str, Any] = {f"{name}_parallel_size": sizes.get(name, 1) for name in SIZES}
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(**parallel),
+        parallel_config=SimpleNamespace(**parallel, distributed_executor_backend=launcher),
         model_config=SimpleNamespace(is_multimodal_model=multimodal, runner_type="generate"),
     )
 
 
+WINDOW = SlidingWindowSpec(
+    block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32, sliding_window=64
+)
+
+
 @pytest.mark.parametrize(
-    "specs",
+    ("spec", "found"),
     [
-        (SlidingWindowSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32,
-                           sliding_window=64),),
-        (MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=64, dtype=torch.float32),),
-        (FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32,
-                           sliding_window=64),),
-        (FULL, FULL),
+        (
+            MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=64, dtype=torch.float32),
+            "MLAAttentionSpec",
+        ),
+        (
+            FullAttentionSpec(
+                block_size=16,
+                num_kv_heads=2,
+                head_size=64,
+                dtype=torch.float32,
+                sliding_window=64,
+            ),
+            "FullAttentionSpec with sliding_window=64",
+        ),
+        (
+            MambaSpec(block_size=16, shapes=((2, 8),), dtypes=(torch.float32,)),
+            "MambaSpec",
+        ),
     ],
-    ids=["window", "mla", "window without hybrid groups", "two groups"],
-)  # fmt: skip
-def test_other_kv_than_one_group_of_full_attention_is_refused(specs: Any) -> None:
-    """Each names what it found, and the mode that serves it."""
-    with pytest.raises(InvalidError, match=r"one KV group of full attention.*use mode=tier"):
-        chunk_shape(caches(*specs), blocks=1)
+)
+def test_other_kv_than_full_attention_and_windows_is_refused(spec: Any, found: str) -> None:
+    """Beside a group that is served, too; each names what it found, and the mode that serves it."""
+    with pytest.raises(InvalidError, match=f"this model has one of {found}: use mode=tier"):
+        chunk_shapes(caches(FULL, spec), blocks=1)
 
 
-def test_full_attention_has_a_shape() -> None:
-    """A chunk of four blocks of 16 tokens has as many tokens and hashes as vLLM says."""
-    shape = chunk_shape(caches(FULL), blocks=4)
+def test_groups_of_mixed_precision_are_refused() -> None:
+    """VLLM zeroes their blocks before it lets anybody wait for a copy out of them."""
+    other = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+    with pytest.raises(InvalidError, match="zeroes before use"):
+        chunk_shapes(caches(FULL, other), blocks=1)
 
-    assert (64, 4, 16) == (shape.tokens, shape.hashes, shape.tokens_per_hash)
+
+def test_groups_have_shapes() -> None:
+    """A chunk has as many tokens and hashes as vLLM says, and a window its own reach."""
+    (full,) = chunk_shapes(caches(FULL), blocks=4)
+    both = chunk_shapes(caches(FULL, WINDOW), blocks=1)
+
+    assert (64, 4, 16, 0, None) == (
+        full.tokens, full.hashes, full.tokens_per_hash, full.group, full.window,
+    )  # fmt: skip
+    assert [(0, None), (1, 64)] == [(shape.group, shape.window) for shape in both]
+    assert [16, 0, 256] == [keep_interval(both, retention) for retention in (None, 0, 256)]
 
 
 @pytest.mark.parametrize("name", ["pipeline", "prefill_context", "decode_context", "data"])
@@ -79,6 +109,12 @@ def test_tensor_parallelism_is_served_and_pictures_are_not() -> None:
     check_topology(config(tensor=2))
     with pytest.raises(InvalidError, match="multimodal"):
         check_topology(config(multimodal=True))
+
+
+def test_processes_that_schedule_for_themselves_are_refused() -> None:
+    """What a store answers in time would make them differ."""
+    with pytest.raises(InvalidError, match="external_launcher"):
+        check_topology(config(tensor=2, launcher="external_launcher"))
 
 
 @pytest.mark.parametrize("buffers_bytes", [2**20, 3 * 2**20, 2**28])
@@ -102,7 +138,7 @@ def test_blobs_of_another_mode_or_rank_have_another_namespace() -> None:
     fields = {"weights": "w", "topology": {"tensor": 2}}
     parts = [(0, 2), (1, 2), (0, 1)]
     namespaces = {
-        namespace_id({**fields, "layout": layout_field(pages, rank=rank, ranks=ranks)})
+        namespace_id({**fields, "layout": layout_field([pages], rank=rank, ranks=ranks)})
         for rank, ranks in parts
     } | {namespace_id(fields)}
 

@@ -3,7 +3,10 @@
 No engine runs: the model is arithmetic (``tests.vllm.schedulers``), so a test sees thousands of steps a second.
 """
 
+import contextlib
+import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +19,9 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request, RequestStatus
 
 from prefixstore.errors import InvalidError
+from prefixstore.vllm.direct import opening
+from prefixstore.vllm.direct.device import HostDevice, Mark
+from prefixstore.vllm.direct.pages import Copies
 from tests.vllm.schedulers import TOKENS, VOCABULARY, Machine, answers_of
 
 # What vLLM and torch warn of while they build a config is not ours.
@@ -141,19 +147,60 @@ def test_a_preempted_session_leaves_the_store_on(new_machine: NewMachine) -> Non
     assert "on" == machine.state
 
 
-def test_workers_hear_of_preemptions_whatever_else_fails(
-    new_machine: NewMachine, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fails", ["plan", "give_away"])
+def test_workers_hear_of_lost_blocks_whatever_else_fails(
+    new_machine: NewMachine, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
-    """A step that cannot be planned costs its stores; blocks that were lost are read no more."""
+    """A step that cannot be planned costs its stores; what is not known to stay is read no more."""
     machine = new_machine("direct")
+    machine.connector._scheduler.doom("r", [[1]], 16)
+    machine.connector._scheduler.take_loads()
 
     def fail(*_: Any, **__: Any) -> None:
-        raise KeyError("plan")
+        raise KeyError(fails)
 
-    monkeypatch.setattr(machine.connector._scheduler, "plan", fail)
-    output = SimpleNamespace(preempted_req_ids={"r"}, kv_connector_block_state=SimpleNamespace())
+    monkeypatch.setattr(machine.connector._scheduler, fails, fail)
+    new = SimpleNamespace(block_ids=([7],), num_computed_tokens=0)
+    cached = SimpleNamespace(
+        req_ids=[], new_block_ids=[], num_computed_tokens=[], resumed_req_ids=set()
+    )
+    output = SimpleNamespace(
+        scheduled_new_reqs=[new],
+        scheduled_cached_reqs=cached,
+        kv_cache_block_copies=None,
+        preempted_req_ids=None,
+        num_scheduled_tokens={},
+        kv_connector_block_state=SimpleNamespace(resolve_block_ids=None),
+    )
+    orders = machine.connector.build_connector_meta(output).orders
 
-    assert ["r"] == machine.connector.build_connector_meta(output).orders.preempted
+    assert orders.are_all_overwritten is (fails == "give_away")
+
+
+@pytest.mark.parametrize("windows", [(None,), (70, None)])
+def test_stores_that_wait_keep_nobody_waiting(
+    new_machine: NewMachine, windows: tuple[int | None, ...], tmp_path: Path
+) -> None:
+    """While the I/O process sleeps blocks are handed on, resets succeed, and no wrong byte is stored."""
+    machine = new_machine(
+        "direct", blocks=40, windows=windows, options={"buffers_bytes": 2**20, "load_threads": 1}
+    )
+    process = machine.worker._worker._client._pump._process
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        for number in range(30):
+            machine.add(f"r{number}", words(200, seed=number))
+        machine.step_until(lambda: not machine.scheduler.has_unfinished_requests(), "all answers")
+        assert machine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # Replaced already, for hanging.
+            os.kill(process.pid, signal.SIGCONT)
+    machine.settle()
+    machine.serve("last", words(300, seed=99))
+
+    assert machine.answers["last"] == answers_of(words(300, seed=99), 1)
+    assert [] == machine.left_behind()
+    machine.check_root(tmp_path / "root")
 
 
 @modes
@@ -268,6 +315,9 @@ class Traffic:
         ("tier", {"ahead": 0, "blocks": 80, "windows": (None, 70)}),
         ("direct", {"ahead": 0, "blocks": 50, "options": {"blocks_per_chunk": 3}}),
         ("direct", {"ahead": 1, "blocks": 50, "engine": {"scheduling_policy": "priority"}}),
+        ("direct", {"ahead": 0, "blocks": 80, "windows": (None, 70)}),
+        ("direct", {"ahead": 1, "blocks": 80, "windows": (70, None)}),
+        ("direct", {"ahead": 1, "blocks": 50, "windows": (100,)}),
     ],
 )
 def test_whatever_comes_every_answer_and_every_byte_is_right(
@@ -285,3 +335,74 @@ def test_whatever_comes_every_answer_and_every_byte_is_right(
     assert [] == machine.left_behind()
     assert 0 < machine.check_root(tmp_path / "root")
     assert "on" == machine.state
+
+
+class LateDevice(HostDevice):
+    """Copies from the KV cache happen some polls late, as on a device, or when the model waits for them."""
+
+    def __init__(self, seed: int) -> None:
+        self._draw = random.Random(seed)
+        self._pending: dict[object, tuple[Copies, int]] = {}
+        self.holds = 0
+
+    def store(self, copies: Copies, *, after: Mark) -> Mark:
+        """Begin a copy."""
+        del after
+        mark = object()
+        self._pending[mark] = (copies, self._draw.randrange(12))
+        return mark
+
+    def is_past(self, mark: Mark) -> bool:
+        """Let the time of a copy pass."""
+        if mark not in self._pending:
+            return True
+        copies, polls = self._pending[mark]
+        self._pending[mark] = (copies, polls - 1)
+        if polls <= 0:
+            self._copy_up_to(mark)
+        return mark not in self._pending
+
+    def hold_model(self, mark: Mark) -> None:
+        """Have a copy precede what the model does next."""
+        self.holds += mark in self._pending
+        self._copy_up_to(mark)
+
+    def finish(self) -> None:
+        """Have all copies made."""
+        for mark in [*self._pending]:
+            self._copy_up_to(mark)
+
+    def _copy_up_to(self, mark: Mark) -> None:
+        while mark in self._pending:
+            first = next(iter(self._pending))
+            super().store(self._pending.pop(first)[0], after=None)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"ahead": 0, "blocks": 40, "options": {"blocks_per_chunk": 2}},
+        {"ahead": 1, "blocks": 50},
+        {"ahead": 1, "blocks": 60, "windows": (70, None)},
+    ],
+)
+def test_copies_that_are_under_way_read_no_block_that_was_handed_on(
+    new_machine: NewMachine,
+    fields: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a device that copies late every blob is true, since the model waits where it must."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")  # noqa: T201 - shown if the test fails
+    device = LateDevice(seed)
+    monkeypatch.setattr(opening, "choose_device", lambda _: device)
+    machine = new_machine("direct", **fields)
+    traffic = Traffic(machine, tmp_path / "root", random.Random(seed))
+    traffic.run(800)
+
+    right = {n: answers_of(*asked) for n, asked in traffic.asked.items() if n not in traffic.gone}
+    assert right == {name: machine.answers[name] for name in right}
+    assert [] == machine.left_behind()
+    assert 0 < machine.check_root(tmp_path / "root")
+    assert device.holds > 0

@@ -15,6 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
@@ -25,14 +26,20 @@ from prefixstore.vllm import metrics
 from prefixstore.vllm.direct.messages import StepOrders, StepReport
 from prefixstore.vllm.direct.opening import open_worker
 from prefixstore.vllm.direct.scheduler import DirectScheduler
-from prefixstore.vllm.direct.shapes import check_alone, check_topology, chunk_shape
+from prefixstore.vllm.direct.shapes import (
+    check_alone,
+    check_topology,
+    chunk_shapes,
+    keep_interval,
+)
 from prefixstore.vllm.direct.worker import OPEN_PATIENCE_S
 from prefixstore.vllm.engine_calls import listen_to_engine
 from prefixstore.vllm.guard import guarded
 from prefixstore.vllm.options import check_options
+from prefixstore.vllm.shapes import check_shape, keep_windows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
     from vllm.config import VllmConfig
@@ -45,6 +52,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+    from prefixstore.vllm.direct.chunks import ChunkShape
     from prefixstore.vllm.direct.worker import DirectWorker
 
 __all__ = ["DirectConnector"]
@@ -96,7 +104,7 @@ def _nothing() -> None:
     """Tell nobody."""
 
 
-def _no_results() -> tuple[set[str], set[str]] | None:
+def _no_results() -> set[str] | None:
     return None
 
 
@@ -104,8 +112,22 @@ def _no_match() -> tuple[int | None, bool]:
     return 0, False
 
 
-def _no_hold() -> tuple[bool, dict[str, Any] | None]:
-    return False, None
+def _given_away(
+    output: "SchedulerOutput", shapes: "Sequence[ChunkShape]"
+) -> "Iterator[Sequence[int]]":
+    """Yield the blocks that a step gives to requests; those of a load are known from its order."""
+    news = [(new.block_ids, new.num_computed_tokens) for new in output.scheduled_new_reqs]
+    cached = output.scheduled_cached_reqs
+    for request_id, more, computed in zip(
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+    ):
+        if more is not None:
+            news.append((more, computed if request_id in cached.resumed_req_ids else 0))
+    for groups, computed in news:
+        for blocks, shape in zip(groups, shapes, strict=True):
+            yield blocks[computed // shape.tokens_per_block :]
+    for copy in output.kv_cache_block_copies or ():
+        yield [copy.dst_block_id]
 
 
 class DirectConnector(KVConnectorBase_V1, SupportsHMA):
@@ -123,19 +145,24 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
         self._clock = SystemClock()
         self._metrics = metrics.TierMetrics()
         check_topology(vllm_config)
+        check_shape(vllm_config, kv_cache_config)
         check_alone(get_current_vllm_config_or_none())
         self._blocks_per_chunk = int(extra.get("blocks_per_chunk", 1))
-        shape = chunk_shape(kv_cache_config, blocks=self._blocks_per_chunk)
+        self._shapes = chunk_shapes(kv_cache_config, blocks=self._blocks_per_chunk)
         self._rank = vllm_config.parallel_config.rank
         self._worker: DirectWorker | None = None
         self._scheduler: DirectScheduler | None = None
         if role is KVConnectorRole.SCHEDULER:
+            if self._options.shared_prefixes:
+                keep_windows(vllm_config, kv_cache_config)
+            retention = vllm_config.cache_config.prefix_cache_retention_interval
             self._scheduler = DirectScheduler(
-                shape=shape,
+                shapes=self._shapes,
+                interval=keep_interval(self._shapes, retention),
                 ranks=vllm_config.parallel_config.tensor_parallel_size,
                 find_patience_s=self._options.find_deadline_s + OPEN_PATIENCE_S,
                 clock=self._clock,
-                prompts_only=bool(extra.get("offload_prompt_only", False)),
+                prompts_only=bool(extra.get("offload_prompt_only", True)),
             )
             if missing := listen_to_engine(self):
                 logger.warning("store is off: this vLLM has no %s", ", ".join(missing))
@@ -185,7 +212,7 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
     @guarded(lambda: None)
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if self._worker is not None and isinstance(kv_connector_metadata, OrdersMessage):
-            self._worker.lose_blocks(kv_connector_metadata.orders.preempted)
+            self._worker.lose_blocks(kv_connector_metadata.orders)
 
     @override
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
@@ -216,20 +243,30 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
 
     @override
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
-        finished = self._poll()
-        if finished is None:
+        loaded = self._poll()
+        if loaded is None:
             assert self._worker is not None, "polled just now"
             # Requests wait for these reports: without one they would wait for ever.
-            return self._worker.abandon()
-        return finished
+            loaded = self._worker.abandon()
+        return set(), loaded
 
     @guarded(_no_results)
-    def _poll(self) -> tuple[set[str], set[str]] | None:
+    def _poll(self) -> set[str] | None:
         if self._worker is None:
-            return set(), set()
+            return set()
         if self._bound_orders().is_idle and self._worker.is_waiting:
             self._clock.sleep(YIELD_S)
         return self._worker.poll()
+
+    @override
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        results = super().get_transfer_results(finished_req_ids)
+        results.failed_recving |= self._take_failed_requests()
+        return results
+
+    @guarded(set[str])
+    def _take_failed_requests(self) -> set[str]:
+        return self._worker.take_failed_requests() if self._worker is not None else set()
 
     @override
     @guarded(set[int])
@@ -287,18 +324,27 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
 
     @guarded(lambda: False)
     def _order_load(self, request: "Request", blocks: "KVCacheBlocks", tokens: int) -> bool:
-        self._books.allocate(request, blocks.get_block_ids()[0], tokens)
+        self._books.allocate(request, blocks.get_block_ids(), tokens)
         return True
 
     @guarded(lambda: None)
     def _doom_load(self, request: "Request", blocks: "KVCacheBlocks", tokens: int) -> None:
-        self._books.doom(request.request_id, blocks.get_block_ids()[0], tokens)
+        self._books.doom(request.request_id, blocks.get_block_ids(), tokens)
 
     @override
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
-        orders = self._books.take_loads(preempted=scheduler_output.preempted_req_ids or ())
+        is_known = self._give_away(scheduler_output)
+        orders = self._books.take_loads()
+        # What is not known to stay may be overwritten by this step.
+        orders.are_all_overwritten |= not is_known
         self._plan(orders, scheduler_output)
         return OrdersMessage(orders)
+
+    @guarded(lambda: False)
+    def _give_away(self, output: "SchedulerOutput") -> bool:
+        for blocks in _given_away(output, self._shapes):
+            self._books.give_away(blocks)
+        return True
 
     @guarded(lambda: None)
     def _plan(self, orders: StepOrders, output: "SchedulerOutput") -> None:
@@ -307,7 +353,8 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
         self._books.plan(
             orders,
             scheduled_tokens=output.num_scheduled_tokens,
-            blocks_of=lambda request_id: state.resolve_block_ids(request_id)[0],
+            preempted=output.preempted_req_ids or (),
+            blocks_of=state.resolve_block_ids,
         )
 
     @override
@@ -316,15 +363,26 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
         message = connector_output.kv_connector_worker_meta
         if isinstance(message, ReportMessage):
             self._books.take_report(message.report)
-        self._books.take_failures(connector_output.invalid_block_ids)
+        self._books.take_failures(
+            connector_output.invalid_block_ids, connector_output.failed_recving
+        )
         self._books.end_loads(connector_output.finished_recving or ())
 
     @override
-    @guarded(_no_hold)
     def request_finished(
         self, request: "Request", block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self._books.finish(request), None
+        self._finish(request)
+        return False, None
+
+    @guarded(lambda: None)
+    def _finish(self, request: "Request") -> None:
+        self._books.finish(request)
+
+    @override
+    @guarded(lambda: False)
+    def has_pending_push_work(self) -> bool:
+        return self._books.is_reading
 
     @override
     def request_finished_all_groups(

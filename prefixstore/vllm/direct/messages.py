@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FindOrder",
+    "GroupFind",
     "LoadChunk",
     "LoadOrder",
     "RankReport",
@@ -22,11 +23,25 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GroupFind:
+    """The chunks of one KV group, from the first.
+
+    Attributes:
+        chunk_tokens: Tokens of one.
+        is_chained: Those behind the first missing one are of no use, nor are other groups' behind it.
+    """
+
+    keys: "tuple[Key, ...]"
+    chunk_tokens: int
+    is_chained: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FindOrder:
-    """How many of these chunks, from the first, does your part of the store hold?"""
+    """Which of these chunks does your part of the store hold?"""
 
     ticket: int
-    keys: "tuple[Key, ...]"
+    groups: tuple[GroupFind, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +64,14 @@ class LoadOrder:
 
     Attributes:
         doomed: Blocks that cannot be loaded: to be reported as such.
+        is_whole: Of a load that failed in part nothing is used: the request is reported, not its blocks.
+            vLLM can cut a request short at a block only where it keeps all blocks before it.
     """
 
     request_id: str
     chunks: tuple[LoadChunk, ...]
     doomed: tuple[int, ...] = ()
+    is_whole: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +95,8 @@ class StepOrders:
     """What the workers are to do in one step.
 
     Attributes:
-        preempted: Requests that have lost their blocks: nothing may be read from those any more.
-        held: Finished requests whose blocks are kept until each worker has read them.
+        overwritten: Numbers of stores whose blocks this step gives away: not to be read any more.
+        are_all_overwritten: Nobody could tell which: no store of an earlier step is to be read.
         touched: Keys that were used.
         is_off: Neither store nor find from now on; what is waiting is dropped.
         is_idle: No forward pass belongs to this step.
@@ -87,8 +105,8 @@ class StepOrders:
     finds: list[FindOrder] = field(default_factory=list)
     loads: list[LoadOrder] = field(default_factory=list)
     stores: list[StoreOrder] = field(default_factory=list)
-    preempted: list[str] = field(default_factory=list)
-    held: list[str] = field(default_factory=list)
+    overwritten: list[int] = field(default_factory=list)
+    are_all_overwritten: bool = False
     touched: "list[Key]" = field(default_factory=list)
     is_off: bool = False
     is_idle: bool = False
@@ -99,12 +117,14 @@ class RankReport:
     """What one worker has to say after a step.
 
     Attributes:
-        found: Ticket → how many chunks of a find it holds, from the first.
+        found: Ticket → for each group of a find one byte a chunk: whether it holds it.
         settled: Numbers of stores whose blocks it no longer needs.
+        is_off: Its store is off for good.
     """
 
-    found: dict[int, int] = field(default_factory=dict)
+    found: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
     settled: list[int] = field(default_factory=list)
+    is_off: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -120,4 +140,5 @@ class StepReport:
             for rank, report in part.ranks.items():
                 joined.ranks[rank].found.update(report.found)
                 joined.ranks[rank].settled.extend(report.settled)
+                joined.ranks[rank].is_off |= report.is_off
         return joined

@@ -22,7 +22,7 @@ from prefixstore.vllm.layout import SlotLayout, Span
 from prefixstore.vllm.weights import WeightDigests
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from vllm.config import VllmConfig
@@ -54,20 +54,23 @@ def open_worker(
         InvalidError: The KV cache's form, or the memory allowed, does not do.
     """
     rank, ranks = config.parallel_config.rank, config.parallel_config.tensor_parallel_size
-    layers = caches.kv_cache_groups[0].layer_names
-    regions = find_regions(kv_caches, layers, blocks=caches.num_blocks)
-    pages = Pages(regions, blocks_per_chunk=blocks_per_chunk)
-    memory = divide_memory(options, pages.payload_bytes)
-    cache = kv_caches[layers[0]]
-    device = choose_device(cache)
-    ring = StagingRing(device.allocate(memory.ring_bytes), payload_bytes=pages.payload_bytes)
+    groups = [group.layer_names for group in caches.kv_cache_groups]
+    pages = [
+        Pages(
+            find_regions(kv_caches, layers, blocks=caches.num_blocks),
+            blocks_per_chunk=blocks_per_chunk,
+        )
+        for layers in groups
+    ]
+    largest = max(group.payload_bytes for group in pages)
+    memory = divide_memory(options, largest)
+    device = choose_device(kv_caches[groups[0][0]])
+    ring = StagingRing(device.allocate(memory.ring_bytes), payload_bytes=largest)
     account = describe_worker(
         config,
-        {name: kv_caches[name] for name in layers},
+        {name: kv_caches[name] for layers in groups for name in layers},
         rank=rank,
-        layout=SlotLayout(
-            page_bytes=pages.payload_bytes, spans={0: [Span(0, pages.payload_bytes)]}
-        ),
+        layout=_payload_layout(pages),
     )
     worker = DirectWorker(
         pages=pages,
@@ -100,6 +103,14 @@ def open_worker(
         )
 
     return worker, bind
+
+
+def _payload_layout(pages: "Sequence[Pages]") -> SlotLayout:
+    """Say as the tier does that each group's payload is all its own."""
+    return SlotLayout(
+        page_bytes=max(group.payload_bytes for group in pages),
+        spans={number: [Span(0, group.payload_bytes)] for number, group in enumerate(pages)},
+    )
 
 
 def choose_device(cache: "torch.Tensor") -> Device:

@@ -7,17 +7,18 @@ those of the tier: both know nothing but configuration.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from prefixstore.errors import InvalidError
 from prefixstore.tree.buffer import Buffer
+from prefixstore.vllm.direct.chunks import ChunkShape, chunk_step
 from prefixstore.vllm.direct.ring import stride_bytes
-from prefixstore.vllm.direct.scheduler import ChunkShape
-from prefixstore.vllm.shapes import check_pooling
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
     from prefixstore.ioproc.jobs import Limits
     from prefixstore.vllm.direct.pages import Pages
@@ -27,13 +28,14 @@ __all__ = [
     "Memory",
     "check_alone",
     "check_topology",
-    "chunk_shape",
+    "chunk_shapes",
     "divide_memory",
+    "keep_interval",
     "layout_field",
 ]
 
-LAYOUT_SCHEME = 1
-"""Version of the payload's order (``prefixstore.vllm.direct.pages``)."""
+LAYOUT_SCHEME = 2
+"""Version of the payload's order (``prefixstore.vllm.direct.pages``) and of the field that tells it."""
 
 BUFFERS_MAX = 64
 """As many are in flight in the tier; more would only wait for the disk in another place."""
@@ -48,7 +50,6 @@ def check_topology(config: "VllmConfig") -> None:
     Raises:
         InvalidError: Names what is not served.
     """
-    check_pooling(config.model_config)
     parallel = config.parallel_config
     sizes = {
         "pipeline_parallel_size": parallel.pipeline_parallel_size,
@@ -56,6 +57,11 @@ def check_topology(config: "VllmConfig") -> None:
         "decode_context_parallel_size": parallel.decode_context_parallel_size,
         "data_parallel_size": parallel.data_parallel_size,
     }
+    if parallel.distributed_executor_backend == "external_launcher":
+        raise InvalidError(
+            "mode=direct: with external_launcher each process schedules for itself, and what a store "
+            "answers in time would make them differ: run it without prefixstore"
+        )
     for name, size in sizes.items():
         if size != 1:
             raise InvalidError(
@@ -84,30 +90,69 @@ def check_alone(engine: "VllmConfig | None") -> None:
         )
 
 
-def chunk_shape(caches: "KVCacheConfig", *, blocks: int) -> ChunkShape:
-    """Return the shape of a chunk of ``blocks`` blocks.
+def chunk_shapes(caches: "KVCacheConfig", *, blocks: int) -> tuple[ChunkShape, ...]:
+    """Return the shape of a chunk of ``blocks`` blocks in each KV group.
 
     Raises:
-        InvalidError: The model has other KV than one group of full attention.
+        InvalidError: The model has other KV than full attention and sliding windows.
     """
-    groups = caches.kv_cache_groups
-    kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
-    spec = groups[0].kv_cache_spec
-    limits = [getattr(spec, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    if len(groups) != 1 or type(spec) is not FullAttentionSpec or any(limits):
+    shapes = tuple(
+        _chunk_shape(group.kv_cache_spec, number, caches.hash_block_size, blocks=blocks)
+        for number, group in enumerate(caches.kv_cache_groups)
+    )
+    if getattr(caches, "needs_kv_cache_zeroing", False):
+        # A step would zero blocks that are handed on before it lets us wait for a copy out of them.
         raise InvalidError(
-            "mode=direct serves models with one KV group of full attention; this one has "
-            f"{len(groups)} of {', '.join(kinds)}: use mode=tier"
+            "mode=direct was never tried with KV that vLLM zeroes before use (states, groups of mixed "
+            "precision): use mode=tier"
         )
-    tokens_per_hash = caches.hash_block_size or spec.block_size
-    if spec.block_size * blocks % tokens_per_hash:
+    return shapes
+
+
+def _chunk_shape(
+    spec: "KVCacheSpec", group: int, tokens_per_hash: int | None, *, blocks: int
+) -> ChunkShape:
+    window = None
+    if type(spec) is SlidingWindowSpec:
+        window = spec.sliding_window + spec.extra_retained_tokens
+    elif type(spec) is not FullAttentionSpec or spec.sliding_window or spec.attention_chunk_size:
         raise InvalidError(
-            f"mode=direct: a chunk of {spec.block_size * blocks} tokens is no whole number of hashes "
-            f"of {tokens_per_hash}: use another blocks_per_chunk, or mode=tier"
+            "mode=direct serves KV groups of full attention and of sliding windows; this model has "
+            f"one of {type(spec).__name__}{_limits(spec)}: use mode=tier"
+        )
+    if tokens_per_hash not in (None, spec.block_size):
+        # vLLM may then hit a part of a block, and copies it before it lets us wait for a copy of ours.
+        raise InvalidError(
+            f"mode=direct was never tried with blocks of {spec.block_size} tokens that are hashed every "
+            f"{tokens_per_hash}: use one --block-size for all groups, or mode=tier"
         )
     return ChunkShape(
-        tokens_per_hash=tokens_per_hash, tokens_per_block=spec.block_size, blocks=blocks
+        tokens_per_hash=spec.block_size,
+        tokens_per_block=spec.block_size,
+        blocks=blocks,
+        group=group,
+        window=window,
     )
+
+
+def _limits(spec: "KVCacheSpec") -> str:
+    """Name what a group of full attention does not see, where windows have no group of their own."""
+    found = [
+        f"{name}={value}"
+        for name in ("sliding_window", "attention_chunk_size")
+        if (value := getattr(spec, name, None))
+    ]
+    return f" with {', '.join(found)}" if found else ""
+
+
+def keep_interval(shapes: "Sequence[ChunkShape]", retention: int | None) -> int:
+    """Return every how many tokens windows are kept; 0: only where prompts end.
+
+    Args:
+        shapes: Of each group.
+        retention: vLLM's ``prefix_cache_retention_interval``; None: everywhere.
+    """
+    return chunk_step(shapes) if retention is None else retention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,12 +188,12 @@ def divide_memory(options: "TierOptions", payload_bytes: int) -> Memory:
     return Memory(ring_bytes=slots * slot_bytes, limits=limits)
 
 
-def layout_field(pages: "Pages", *, rank: int, ranks: int) -> dict[str, object]:
+def layout_field(pages: "Sequence[Pages]", *, rank: int, ranks: int) -> dict[str, object]:
     """Return the namespace field that only blobs of this path have: the order, and whose part it is."""
     return {
         "mode": "direct",
         "scheme": LAYOUT_SCHEME,
         "part": [rank, ranks],
-        "page_bytes": list(pages.page_bytes),
-        "blocks_per_chunk": pages.blocks_per_chunk,
+        "page_bytes": [list(group.page_bytes) for group in pages],
+        "blocks_per_chunk": pages[0].blocks_per_chunk,
     }

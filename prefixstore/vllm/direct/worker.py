@@ -5,9 +5,10 @@ The model's thread calls everything here in each step, and nothing here waits fo
 - **Load**: blob → the I/O process's buffer, verified → (pump thread) staging buffer → device. A load is
   reported when its copy is seen past, or when it has failed; the blocks of chunks that failed are
   reported with it, and the engine computes them.
-- **Store**: once the step has computed the blocks, device → staging buffer; then the blocks are free,
-  and the I/O process publishes the buffer. Stores for which no buffer is free wait, their blocks held
-  by their request, for a bounded time; then they are dropped.
+- **Store**: once the step has computed the blocks, device → staging buffer, and the I/O process publishes
+  the buffer. Stores for which no buffer is free wait for one, until a step gives their blocks to another
+  request, or to another place of their own: then they are dropped, and copies under way end before the
+  model's work begins, on the device. Nobody's blocks are kept for a store.
 
 A load that comes late reaches nothing: before it copies, the pump asks under a lock whether the chunk
 is still wanted, and it is not once it was reported.
@@ -18,7 +19,7 @@ import ctypes
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -32,7 +33,9 @@ from prefixstore.ioproc.jobs import (
     LoadDone,
     StoreDone,
 )
+from prefixstore.keys import kv_group
 from prefixstore.vllm.direct.device import Device, Mark
+from prefixstore.vllm.direct.finds import Finds
 from prefixstore.vllm.direct.messages import (
     FindOrder,
     LoadChunk,
@@ -59,7 +62,10 @@ LEASES_FOR_LOADS = 2
 """Buffers that stores leave free, so that a request never waits for the store of another."""
 
 STORES_WAITING_MAX = 65536
-"""Chunks that wait with their blocks held by running requests: some kilobytes of books each."""
+"""Chunks that wait for a buffer while their blocks are theirs: half a kilobyte of books each."""
+
+CLOSING_POLL_S = 0.001
+"""How often an engine that ends looks for free buffers."""
 
 
 class Observer(Protocol):
@@ -84,11 +90,9 @@ class Patience:
 
     Attributes:
         load: Queued loads of a request; those under way have the I/O client's deadline.
-        hold: Blocks of a finished request that wait to be stored: memory that others may need.
     """
 
     load: float = 10.0
-    hold: float = 5.0
 
 
 @dataclass(slots=True, eq=False)
@@ -131,12 +135,16 @@ class _Batch:
 
 
 class DirectWorker:
-    """Moves one worker's KV. For the model's thread, but ``bind`` and ``turn_off``."""
+    """Moves one worker's KV. For the model's thread, but ``bind`` and ``turn_off``.
+
+    Args:
+        pages: Of each KV group, by vLLM's number of it.
+    """
 
     def __init__(
         self,
         *,
-        pages: Pages,
+        pages: Sequence[Pages],
         device: Device,
         ring: StagingRing,
         observer: Observer,
@@ -144,7 +152,7 @@ class DirectWorker:
         clock: Clock,
         element_bytes: int,
     ) -> None:
-        self._pages = pages
+        self._pages = tuple(pages)
         self._device = device
         self._ring = ring
         self._observer = observer
@@ -153,31 +161,35 @@ class DirectWorker:
         self._element_bytes = element_bytes
         self._client: IoClient | None = None
         self._off_reason: str | None = None
+        self._tells_off = False  # The scheduler's side is to be told.
+        self._is_closed = False
         self._landing = threading.Lock()
         self._tickets = 0
         self._started_s = clock.monotonic_s()
         self._finds_waiting: deque[FindOrder] = deque()
-        self._finds: dict[int, int] = {}
+        self._finds = Finds(self._next_ticket)
         self._loads: dict[str, _Load] = {}
         self._chunks: dict[int, _Chunk] = {}
         self._stores_waiting: deque[StoreOrder] = deque()
         self._batches: deque[_Batch] = deque()
         self._storing: dict[int, tuple[StoreOrder, Lease]] = {}
         self._keys_storing: set[Key] = set()
-        self._unread: dict[str, int] = {}
-        self._held: dict[str, float] = {}
         self._failed_blocks: set[int] = set()
+        self._failed_requests: set[str] = set()
         self._report = RankReport()
 
     def bind(self, client: IoClient) -> None:
         """Serve from a store: from now on lookups may find something."""
         self._client = client
+        if self._is_closed:
+            client.close(0.0)
 
     def turn_off(self, reason: str) -> None:
         """Neither find nor store any more; loads under way still end."""
         if self._off_reason is None:
             logger.warning("store is off: %s", reason)
             self._off_reason = reason
+            self._tells_off = True
 
     @property
     def state(self) -> str:
@@ -188,15 +200,25 @@ class DirectWorker:
 
     # The steps of vLLM, in this order.
 
-    def lose_blocks(self, request_ids: Iterable[str]) -> None:
-        """Read no more from the blocks of preempted requests: this step overwrites them."""
-        lost = set(request_ids)
-        if not lost:
+    def lose_blocks(self, orders: StepOrders) -> None:
+        """Read no more for stores whose blocks this step overwrites; before its work is submitted."""
+        lost = set(orders.overwritten)
+        if not lost and not orders.are_all_overwritten:
             return
-        self._drop_stores(lambda order: order.request_id in lost, "preempted")
-        for batch in self._batches:
-            if any(order.request_id in lost for order, _ in batch.stores):
-                self._device.hold_model(batch.mark)
+
+        def is_lost(order: StoreOrder) -> bool:
+            return orders.are_all_overwritten or order.number in lost
+
+        self._drop_stores(is_lost, "overwritten")
+        for batch in [*self._batches]:
+            if any(is_lost(order) for order, _ in batch.stores):
+                try:
+                    self._device.hold_model(batch.mark)
+                except Exception:
+                    # What is still copied may be another's: none of it is published.
+                    self._batches.remove(batch)
+                    self._fail_batch(batch.stores)
+                    raise
 
     def start(self, orders: StepOrders) -> None:
         """Take a step's finds and loads."""
@@ -236,19 +258,16 @@ class DirectWorker:
 
     def save(self, orders: StepOrders) -> None:
         """Take a step's stores; the step's forward pass has been submitted."""
-        now_s = self._clock.monotonic_s()
         for order in orders.stores:
-            self._unread[order.request_id] = self._unread.get(order.request_id, 0) + 1
             if order.key in self._keys_storing or len(self._stores_waiting) >= STORES_WAITING_MAX:
                 self._settle(order)
             else:
                 self._keys_storing.add(order.key)
                 self._stores_waiting.append(order)
-        self._held.update(dict.fromkeys(orders.held, now_s))
         self._copy_stores()
 
-    def poll(self) -> tuple[set[str], set[str]]:
-        """Move everything on; return the requests whose blocks were read, and whose loads ended."""
+    def poll(self) -> set[str]:
+        """Move everything on; return the requests whose loads have ended."""
         now_s = self._clock.monotonic_s()
         if self._client is not None:
             for completion in self._client.poll():
@@ -258,35 +277,38 @@ class DirectWorker:
         self._start_loads(now_s)
         self._end_batches()
         self._copy_stores()
-        self._end_holding(now_s)
         loaded = {
             request_id
             for request_id, load in self._loads.items()
             if not load.under_way and not load.queue
         }
         for request_id in loaded:
-            self._failed_blocks |= self._loads.pop(request_id).failed
-        read = {request_id for request_id in self._held if request_id not in self._unread}
-        for request_id in read:
-            del self._held[request_id]
-        return read, loaded
+            self._end_load(self._loads.pop(request_id))
+        return loaded
 
     def take_failed_blocks(self) -> set[int]:
         """Return the blocks of ended loads that hold nothing, once."""
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
+    def take_failed_requests(self) -> set[str]:
+        """Return the requests of whose ended loads nothing may be used, once."""
+        failed, self._failed_requests = self._failed_requests, set()
+        return failed
+
     def take_report(self) -> RankReport | None:
         """Return what the scheduler's side is to know, once."""
         report, self._report = self._report, RankReport()
-        return report if report.found or report.settled else None
+        report.found, self._finds.answers = self._finds.answers, {}
+        report.is_off, self._tells_off = self._tells_off, False
+        return report if report.found or report.settled or report.is_off else None
 
     @property
     def is_waiting(self) -> bool:
         """Whether requests wait for this worker."""
-        return bool(self._loads or self._finds or self._finds_waiting or self._held)
+        return bool(self._loads or self._finds or self._finds_waiting)
 
-    def abandon(self) -> tuple[set[str], set[str]]:
+    def abandon(self) -> set[str]:
         """Give everything up after a bug of ours; return what ``poll`` would. Nothing lands any more."""
         with self._landing:
             for chunk in self._chunks.values():
@@ -301,19 +323,24 @@ class DirectWorker:
         self._keys_storing.difference_update(order.key for order in self._stores_waiting)
         self._batches.clear()
         self._stores_waiting.clear()
-        self._unread.clear()
-        held, self._held = set(self._held), {}
         loads, self._loads = self._loads, {}
         for load in loads.values():
-            self._failed_blocks |= {b for c in load.order.chunks for b in c.blocks}
-            self._failed_blocks |= set(load.order.doomed)
-        return held, set(loads)
+            load.failed.update(block for chunk in load.order.chunks for block in chunk.blocks)
+            self._end_load(load)
+        return set(loads)
 
     def close(self, timeout_s: float) -> None:
-        """Publish what was read from the device, for a bounded time, and end the I/O process."""
+        """Publish what was offered, for a bounded time, and end the I/O process; no step follows."""
+        end_s = self._clock.monotonic_s() + timeout_s
+        self._is_closed = True
+        self._copy_stores()
+        while self._stores_waiting and self._clock.monotonic_s() < end_s:
+            self._clock.sleep(CLOSING_POLL_S)
+            self._end_batches()
+            self._copy_stores()
         self._end_batches()
         if (client := self._client) is not None:
-            client.close(timeout_s)
+            client.close(max(0.0, end_s - self._clock.monotonic_s()))
 
     # Finds.
 
@@ -326,11 +353,9 @@ class DirectWorker:
         while self._finds_waiting:
             order = self._finds_waiting.popleft()
             if client is None or not is_ready:
-                self._report.found[order.ticket] = 0
-                continue
-            ticket = self._next_ticket()
-            self._finds[ticket] = order.ticket
-            client.find(ticket, order.keys, chained=True)
+                self._finds.refuse(order)
+            else:
+                self._finds.start(order, client)
 
     # Loads.
 
@@ -347,6 +372,12 @@ class DirectWorker:
             while load.queue and (lease := self._ring.acquire()) is not None:
                 self._start_load(load, load.queue.popleft(), lease)
 
+    def _end_load(self, load: _Load) -> None:
+        if load.failed and load.order.is_whole:
+            self._failed_requests.add(load.order.request_id)
+        else:
+            self._failed_blocks |= load.failed
+
     def _start_load(self, load: _Load, chunk: LoadChunk, lease: Lease) -> None:
         assert self._client is not None, "the state says so"
         moving = _Chunk(load=load, chunk=chunk, lease=lease)
@@ -358,7 +389,7 @@ class DirectWorker:
             [
                 ChunkLoad(
                     key=chunk.key,
-                    raw_bytes=self._pages.payload_bytes,
+                    raw_bytes=self._pages_of(chunk.key).payload_bytes,
                     land=lambda payload: self._land(moving, payload),
                 )
             ],
@@ -370,9 +401,10 @@ class DirectWorker:
             if not moving.is_wanted:
                 return
             try:
+                pages = self._pages_of(moving.chunk.key)
                 source = ctypes.addressof(ctypes.c_char.from_buffer(payload))
-                ctypes.memmove(moving.lease.address, source, self._pages.payload_bytes)
-                copies = self._pages.copies(
+                ctypes.memmove(moving.lease.address, source, pages.payload_bytes)
+                copies = pages.copies(
                     moving.lease.address, moving.chunk.blocks, first=moving.chunk.first
                 )
                 moving.mark = self._device.load(copies, after=moving.load.fence)
@@ -423,27 +455,37 @@ class DirectWorker:
             if self.state != "opening":
                 self._drop_stores(lambda _: True, self.state)
             return
-        leave = min(LEASES_FOR_LOADS, self._ring.count - 1)
         chosen: list[tuple[StoreOrder, Lease]] = []
-        while self._stores_waiting and (lease := self._ring.acquire(leave=leave)) is not None:
+        while self._stores_waiting and (lease := self._lease_for_store()) is not None:
             chosen.append((self._stores_waiting.popleft(), lease))
-        if not chosen:
-            return
+        if chosen:
+            self._copy_batch(chosen)
+            self._end_batches()
+
+    def _lease_for_store(self) -> Lease | None:
+        return self._ring.acquire(leave=min(LEASES_FOR_LOADS, self._ring.count - 1))
+
+    def _copy_batch(self, stores: list[tuple[StoreOrder, Lease]]) -> None:
         try:
             copies = join_copies(
-                [self._pages.copies(lease.address, order.blocks) for order, lease in chosen]
+                [
+                    self._pages_of(order.key).copies(lease.address, order.blocks)
+                    for order, lease in stores
+                ]
             )
             mark = self._device.store(copies, after=self._device.now())
         except Exception:
-            # If a part of it was submitted all the same, it ends before the buffers are another's.
-            with contextlib.suppress(Exception):
-                self._device.finish()
-            for order, lease in chosen:
-                self._settle(order)
-                self._end_store(order, lease, skipped="error")
+            self._fail_batch(stores)
             raise
-        self._batches.append(_Batch(chosen, mark))
-        self._end_batches()
+        self._batches.append(_Batch(stores, mark))
+
+    def _fail_batch(self, stores: list[tuple[StoreOrder, Lease]]) -> None:
+        # If a part of it is under way, it ends before the buffers are another's.
+        with contextlib.suppress(Exception):
+            self._device.finish()
+        for order, lease in stores:
+            self._settle(order)
+            self._end_store(order, lease, skipped="error")
 
     def _end_batches(self) -> None:
         """Hand the buffers of finished copies to the I/O process; their blocks are free."""
@@ -452,12 +494,18 @@ class DirectWorker:
             for order, _ in stores:
                 self._settle(order)
             for order, lease in stores:
-                self._submit_store(order, lease)
+                try:
+                    self._submit_store(order, lease)
+                except Exception:
+                    logger.exception("a chunk could not be handed to the I/O process")
+                    self._end_store(order, lease, skipped="error")
 
     def _submit_store(self, order: StoreOrder, lease: Lease) -> None:
+        payload_bytes = self._pages_of(order.key).payload_bytes
+
         def fill(payload: memoryview) -> None:
             target = ctypes.addressof(ctypes.c_char.from_buffer(payload))
-            ctypes.memmove(target, lease.address, self._pages.payload_bytes)
+            ctypes.memmove(target, lease.address, payload_bytes)
             lease.release()
 
         assert self._client is not None, "a store is copied when there is one"
@@ -467,7 +515,7 @@ class DirectWorker:
             parent=order.parent,
             end_token=order.end_token,
             element_bytes=self._element_bytes,
-            raw_bytes=self._pages.payload_bytes,
+            raw_bytes=payload_bytes,
             fill=fill,
         )
         if self._client.store(ticket, [chunk]):
@@ -496,27 +544,14 @@ class DirectWorker:
     def _settle(self, order: StoreOrder) -> None:
         """Note that a store no longer needs its blocks."""
         self._report.settled.append(order.number)
-        self._unread[order.request_id] -= 1
-        if not self._unread[order.request_id]:
-            del self._unread[order.request_id]
-
-    def _end_holding(self, now_s: float) -> None:
-        """Drop the stores of finished requests that hold blocks for too long."""
-        late = {
-            request_id
-            for request_id, since_s in self._held.items()
-            if now_s - since_s > self._patience.hold
-        }
-        if late:
-            self._drop_stores(lambda order: order.request_id in late, "busy")
 
     # What the I/O process has done.
 
     def _take(self, completion: Completion) -> None:
         match completion:
             case FindDone():
-                ticket = self._finds.pop(completion.ticket)
-                self._report.found[ticket] = sum(completion.present)
+                assert self._client is not None, "it has answered"
+                self._finds.take(completion, self._client)
             case LoadDone():
                 self._take_load(completion)
             case StoreDone():
@@ -524,6 +559,9 @@ class DirectWorker:
                 skipped = next(iter(completion.skipped.values()), None)
                 self._end_store(order, lease, skipped=skipped)
                 self._observer.moved(stored_bytes=completion.stored_bytes)
+
+    def _pages_of(self, key: "Key") -> Pages:
+        return self._pages[kv_group(key)]
 
     def _next_ticket(self) -> int:
         self._tickets += 1
