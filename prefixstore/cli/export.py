@@ -76,7 +76,7 @@ def command(
         wanted = [key for each in answer.namespaces for key in answer.keys(each)]
     with open_store(root, index_dir=index_dir, read_only=True) as store:
         note(f"Scanning {root} ...")
-        store.reconcile()
+        scan = store.reconcile()
         chosen = select(
             store,
             namespace=find_namespace(store.root, namespace) if namespace is not None else None,
@@ -104,7 +104,10 @@ def command(
         click.echo(f"Warning: no chunk {key} in {root}", err=True)
     for text in found.errors:
         click.echo(f"Warning: {text}", err=True)
-    return EXIT_FAILED if found.errors or unknown or not found.chunks else 0
+    for text in scan.errors:
+        click.echo(f"Error: not everything was looked at: {text}", err=True)
+    failed = found.errors or scan.errors or unknown or not found.chunks
+    return EXIT_FAILED if failed else 0
 
 
 @contextmanager

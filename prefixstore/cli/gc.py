@@ -83,7 +83,7 @@ def command(
             )
         note(f"Scanning {root} ...")
         plan = store.evict(limit, max_age_s=max_age, dry_run=True)
-        if dry_run or plan.errors or not plan.planned_chunks:
+        if dry_run or not plan.planned_chunks:
             echo_json(plan) if as_json else echo_plan(plan)
             return exit_code(plan)
         if not as_json or not yes:

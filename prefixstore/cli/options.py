@@ -143,7 +143,11 @@ def open_store(
         if namespace is not None:
             Root.open(root)  # A namespace may be made, a root of a mistyped path not.
         return PrefixStore.open(
-            root, namespace=namespace, config=config, create=namespace is not None
+            root,
+            namespace=namespace,
+            config=config,
+            create=namespace is not None,
+            index=None if where is None else "auto",
         )
 
     if index_dir is not None:
@@ -152,7 +156,7 @@ def open_store(
         return opened(str(default_index_dir(os.environ)))
     except InvalidError:
         # A home on a network filesystem, or none, is no fault of this command line: everything the
-        # verbs need can be read from the tree. A root that is none is refused again by this opening.
+        # verbs need can be read from the tree, into memory. A root that is none is refused again by this opening.
         return opened(None)
 
 

@@ -42,12 +42,14 @@ def command(
     for_s: float | None,
     index_dir: str | None,
     as_json: bool,
-) -> None:
+) -> int:
     """Keep chunks of ROOT from eviction, on every host, under NAME. Replaces the pin of that name.
 
     A pinned chunk keeps all that comes before it in its prompt. Pins may overlap: a chunk stays for as
     long as one of them holds it.
     """
+    from prefixstore.cli.main import EXIT_FAILED
+
     if until is not None and for_s is not None:
         raise click.UsageError("Give --until or --for, not both.")
     if keys and asked is not None:
@@ -56,7 +58,7 @@ def command(
         raise click.UsageError("Say what to pin: --prompts, --key or --namespace.")
     with open_store(root, index_dir=index_dir) as store:
         note(f"Scanning {root} ...")
-        store.reconcile()
+        scan = store.reconcile()
         where, chosen = _choose(store, namespace, keys, asked)
         ends_at_s = until if for_s is None else store.server_now_s() + int(for_s)
         store.pin(name, chosen, namespace=where, ends_at_s=ends_at_s)
@@ -73,10 +75,15 @@ def command(
                 "ends_at_s": ends_at_s,
             }
         )
-        return
-    click.echo(
-        f"Pinned {len(chosen)} chunks as {name!r}: {len(found)} stored, {format_size(size)}."
-    )
+    else:
+        click.echo(
+            f"Pinned {len(chosen)} chunks as {name!r}: {len(found)} stored, {format_size(size)}."
+        )
+    # Keys and prompts name what they mean, met or not.
+    missed = scan.errors if not keys and asked is None else []
+    for text in missed:
+        click.echo(f"Error: not everything was looked at: {text}", err=True)
+    return EXIT_FAILED if missed else 0
 
 
 def _choose(

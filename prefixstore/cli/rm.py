@@ -118,7 +118,7 @@ def _remove_old(
     store: "PrefixStore", age_s: float, *, dry_run: bool, yes: bool, as_json: bool
 ) -> int:
     plan = store.evict(max_age_s=age_s, dry_run=True)
-    if dry_run or plan.errors or not plan.planned_chunks:
+    if dry_run or not plan.planned_chunks:
         echo_json([plan]) if as_json else echo_plan(plan)
         return exit_code(plan)
     echo_plan(plan, err=as_json)

@@ -108,7 +108,11 @@ class Index(Protocol):
 
     @property
     def has_forgotten(self) -> bool:
-        """Whether rows were dropped for want of room since the index was last empty."""
+        """Whether rows were dropped for want of room since the index was last empty or renewed.
+
+        With a row goes all that it follows, known then or later: an index that has room for some rows only
+        counts all children of those.
+        """
         ...
 
     def get_many(self, namespace: NamespaceId, keys: Sequence[Key]) -> list[Record | None]:
@@ -204,6 +208,10 @@ class Index(Protocol):
 
     def set_mark(self, name: str, value: str | None) -> None:
         """Keep a small note beside the rows; None removes it. It shares the index's fate."""
+        ...
+
+    def renew(self) -> None:
+        """Expect to be told of all chunks anew, those that there was no room for, too; rows stay."""
         ...
 
     def clear(self) -> None:

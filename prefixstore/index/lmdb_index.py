@@ -218,6 +218,10 @@ class LmdbIndex:
         check_mark(name, value)
         self._write(lambda txn: write_mark(txn, self._tables.notes, name, value))
 
+    def renew(self) -> None:
+        """Expect to be told of all chunks anew; none was forgotten."""
+        self._check_open()
+
     def clear(self) -> None:
         """Forget everything, in one transaction; other writers wait for its length."""
 

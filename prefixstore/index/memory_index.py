@@ -2,8 +2,10 @@
 
 Owns nothing outside this process and starts empty each time. It is bounded: beyond ``rows_max`` it
 forgets the rows that eviction would take last, which costs a probe of the tree when they are asked
-for again. So what an eviction finds here is what has to go first, leaves before what they follow, however
-much the root holds. Plain code on purpose; ``LmdbIndex`` is checked against it step by step.
+for again. With a row goes all that it follows, and stays away: it may look older, since times on disk are
+sampled, and would look as if nothing followed it. So what an eviction finds here is what has to go first,
+leaves before what they follow, however much the root holds. Plain code on purpose; ``LmdbIndex`` is checked
+against it step by step.
 """
 
 import heapq
@@ -13,8 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prefixstore.errors import ClosedError
 from prefixstore.index.base import Address, Entry, Refs, Row, Totals
+from prefixstore.index.followed import Followed
 from prefixstore.index.limits import check_mark, gallop
 from prefixstore.index.records import (
+    NAMESPACE_BYTES,
     Record,
     RowKey,
     check_record,
@@ -50,6 +54,7 @@ class MemoryIndex:
         self._children: Counter[RowKey] = Counter()
         self._pins: dict[RowKey, int] = {}
         self._marks: dict[str, str] = {}
+        self._followed: Followed | None = None
         self._closed = False
 
     def get_many(self, namespace: NamespaceId, keys: Sequence[Key]) -> list[Record | None]:
@@ -90,6 +95,8 @@ class MemoryIndex:
             for row_key, record in batch:
                 old = self._rows.get(row_key)
                 self._set(row_key, merge(old, record) if old else record)
+            if self._followed is not None:
+                self._drop([row_key for row_key, _ in batch if row_key in self._followed])
             if len(self._rows) > self.rows_max:
                 self._forget()
 
@@ -182,6 +189,12 @@ class MemoryIndex:
             else:
                 self._marks[name] = value
 
+    def renew(self) -> None:
+        """Expect to be told of all chunks anew."""
+        with self._lock:
+            self._check_open()
+            self.has_forgotten, self._followed = False, None
+
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
@@ -200,7 +213,7 @@ class MemoryIndex:
 
     def _drop_all(self) -> None:
         self._rows.clear()
-        self.has_forgotten = False
+        self.has_forgotten, self._followed = False, None
         self._children.clear()
         self._pins.clear()
         self._marks.clear()
@@ -248,5 +261,20 @@ class MemoryIndex:
         """Drop rows, youngest and nearest to the start first, until an eighth of the room is free."""
         self.has_forgotten = True
         surplus = len(self._rows) - self.rows_max + self.rows_max // FORGET_SHARE
-        for row_key in heapq.nlargest(surplus, self._rows, key=self._recency):
+        self._drop(heapq.nlargest(surplus, self._rows, key=self._recency))
+
+    def _drop(self, row_keys: list[RowKey]) -> None:
+        """Drop rows with all that they follow: the children of each row that stays have rows, too."""
+        if self._followed is None:
+            self._followed = Followed()
+        queue = row_keys
+        while queue:
+            row_key = queue.pop()
+            record = self._rows.get(row_key)
+            if record is None:
+                continue
             self._set(row_key, None)
+            if record.parent is not None:
+                parent = RowKey(row_key[:NAMESPACE_BYTES] + record.parent)
+                self._followed.add(parent)
+                queue.append(parent)

@@ -229,5 +229,6 @@ class IoClient:
         if isinstance(job.done, StoreDone):
             self._stores_waiting -= len(job.keys)
         if not isinstance(job.done, FindDone):
-            job.done.elapsed_s = self._clock.monotonic_s() - job.submitted_s
+            ended_s = self._clock.monotonic_s() if job.ended_s is None else job.ended_s
+            job.done.elapsed_s = ended_s - job.submitted_s
         return True

@@ -74,7 +74,7 @@ class Find(msgspec.Struct, tag=1, frozen=True, kw_only=True, array_like=True):
     """Which of these keys are stored?
 
     With ``chained``, the keys are a prefix's, in order, and what follows the first missing one is
-    reported missing without a look.
+    reported missing without a look. Without, the most useful go first: not all may be looked for.
     """
 
     ticket: int

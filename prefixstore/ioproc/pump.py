@@ -47,6 +47,7 @@ from prefixstore.ioproc.messages import (
 )
 from prefixstore.ioproc.process import IoProcess
 from prefixstore.keys import Key
+from prefixstore.tree.buffer import Buffer
 
 __all__ = ["Job", "Pump"]
 
@@ -75,6 +76,7 @@ class Job:
         submitted_s: When, on the monotonic clock.
         patience_s: How long it may see no progress.
         open: False once the caller has given it up; nothing is copied for it any more.
+        ended_s: When its last operation ended, however late the caller asks.
     """
 
     done: Completion
@@ -83,6 +85,7 @@ class Job:
     submitted_s: float
     patience_s: float
     open: bool = True
+    ended_s: float | None = None
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -140,6 +143,8 @@ class Pump:
         self._root_was_there = False
         self._closing = False
         self._watches_writes = False
+        # Held while ``_wake`` is written to or closed: a number must never come to mean another file.
+        self._waking = threading.Lock()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake, selectors.EVENT_READ)
@@ -171,10 +176,6 @@ class Pump:
         if self._thread.is_alive():
             self._post(self._abandon_work)
             self._thread.join(timeout_s)
-        if not self._thread.is_alive() and self._wake >= 0:
-            # Here and not in the thread: ``_post`` must never write to a number that means another file.
-            os.close(self._wake)
-            self._wake = -1
 
     def progress_s(self, done: Completion) -> float:
         """When something of this kind last moved, on the monotonic clock."""
@@ -183,9 +184,10 @@ class Pump:
         return self.store_progress_s if isinstance(done, StoreDone) else 0.0
 
     def _post(self, work: Callable[[], None]) -> None:
-        if self._wake >= 0:
-            self._work.append(work)
-            os.eventfd_write(self._wake, 1)
+        with self._waking:
+            if self._wake >= 0:
+                self._work.append(work)
+                os.eventfd_write(self._wake, 1)
 
     # The pump's thread.
 
@@ -330,13 +332,10 @@ class Pump:
     def _send_store(self, job: Job, store: ChunkStore) -> None:
         assert self._process is not None, "checked by the caller"
         number = self._free_buffers.pop()
-        payload = self._process.arena.buffer(number).payload(store.raw_bytes)
-        with self._landing:
-            if job.open:
-                store.fill(payload)
-        if not job.open:
+        refused = self._fill(job, store, self._process.arena.buffer(number))
+        if refused is not None:
             self._free_buffers.append(number)
-            self._end_store(job, store, reason="timeout")
+            self._end_store(job, store, reason=refused)
             return
         ticket = self._begin(job, chunk=store, buffer=number)
         self._process.send(
@@ -350,6 +349,19 @@ class Pump:
                 raw_bytes=store.raw_bytes,
             )
         )
+
+    def _fill(self, job: Job, store: ChunkStore, buffer: Buffer) -> str | None:
+        """Copy a chunk into a buffer, if its job still wants that; return why it is not there."""
+        try:
+            with self._landing:
+                if not job.open:
+                    return "timeout"
+                store.fill(buffer.payload(store.raw_bytes))
+        except Exception:
+            # In no queue now, it would keep its job waiting for ever.
+            logger.exception("a chunk could not be copied for its store")
+            return "error"
+        return None
 
     def _receive(self, ready: Sequence[Channel]) -> None:
         for channel in ready:
@@ -411,19 +423,30 @@ class Pump:
         reply: Loaded | None = None,
     ) -> None:
         """Land a chunk if its job still wants it, and account for it."""
-        with self._landing:
-            if job.open and isinstance(job.done, LoadDone):
-                if reason is None and operation is not None and reply is not None:
-                    assert self._process is not None, "a reply came from it"
-                    assert operation.buffer is not None, "a load is sent with a buffer"
-                    buffer = self._process.arena.buffer(operation.buffer)
-                    chunk.land(buffer.payload(chunk.raw_bytes))
+        if reason is None and operation is not None and reply is not None:
+            reason = self._land(job, chunk, operation, reply)
+        if reason is not None:
+            with self._landing:
+                if job.open and isinstance(job.done, LoadDone):
+                    job.done.missed[chunk.key] = reason
+        self._end(job)
+
+    def _land(self, job: Job, chunk: ChunkLoad, operation: _Operation, reply: Loaded) -> str | None:
+        """Copy a chunk to where it is wanted, if it still is; return why it is not there."""
+        assert self._process is not None, "a reply came from it"
+        assert operation.buffer is not None, "a load is sent with a buffer"
+        payload = self._process.arena.buffer(operation.buffer).payload(chunk.raw_bytes)
+        try:
+            with self._landing:
+                if job.open and isinstance(job.done, LoadDone):
+                    chunk.land(payload)
                     job.done.landed.append(chunk.key)
                     job.done.landed_bytes += chunk.raw_bytes
                     job.done.read_bytes += reply.stored_bytes
-                else:
-                    job.done.missed[chunk.key] = reason or "error"
-        self._end(job)
+        except Exception:
+            logger.exception("a loaded chunk could not be landed")
+            return "error"
+        return None
 
     def _end_store(
         self, job: Job, chunk: ChunkStore, *, reason: str | None, reply: Stored | None = None
@@ -453,6 +476,7 @@ class Pump:
         """One operation of the job has ended; with the last, hand it to the caller."""
         job.waiting -= 1
         if job.waiting == 0:
+            job.ended_s = self._clock.monotonic_s()
             self._finished.append(job)
             self._progress.set()
 
@@ -518,10 +542,16 @@ class Pump:
 
     def _leave(self) -> None:
         """The thread's last act: let the child finish its store, then see it off."""
-        if self._process is not None:
-            self._process.send(Stop())
-            if not self._process.wait(KILL_WAIT_S + self._limits.hang_s):
-                self._enter("off", "the I/O process did not leave and was killed")
-            self._process.kill()
-            self._process.wait(KILL_WAIT_S)
-        self._selector.close()
+        try:
+            if self._process is not None:
+                self._process.send(Stop())
+                if not self._process.wait(KILL_WAIT_S + self._limits.hang_s):
+                    self._enter("off", "the I/O process did not leave and was killed")
+                self._process.kill()
+                self._process.wait(KILL_WAIT_S)
+        finally:
+            # However long that took: whoever closes may have stopped waiting.
+            self._selector.close()
+            with self._waking:
+                os.close(self._wake)
+                self._wake = -1

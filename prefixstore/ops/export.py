@@ -77,8 +77,9 @@ def select(
     Raises:
         InvalidError: A pin is not there, a namespace's manifest cannot be read, or the index does not hold
             all of the root.
+        UnavailableError: The index was cleared or failed meanwhile.
     """
-    store.hints.check_whole()
+    store.check_whole()
     wanted = _wanted(store, pins, keys)
     chunks: list[tuple[int, NamespaceId, Key, Key | None]] = []
     namespaces: dict[NamespaceId, Fields] = {}
@@ -100,6 +101,7 @@ def select(
                     "cannot be used elsewhere"
                 )
             namespaces[each] = manifest.fields
+    store.check_whole()
     chunks.sort(key=itemgetter(0))
     return Selection(
         chunks=tuple((each, key, parent) for _, each, key, parent in chunks),

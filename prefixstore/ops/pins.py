@@ -65,9 +65,11 @@ def keys_of_namespace(store: PrefixStore, namespace: NamespaceId) -> list[Key]:
     """Return the keys of all chunks that a namespace holds now; the index is reconciled.
 
     Raises:
-        InvalidError: It holds none.
+        InvalidError: It holds none, or the index does not hold all of the root.
+        UnavailableError: The index was cleared or failed meanwhile.
     """
     keys = [row.key for row in store.hints.scan(namespace)]
+    store.check_whole()
     if not keys:
         raise InvalidError(
             f"namespace {namespace} of {store.root.path} holds no chunk: nothing would be pinned"

@@ -73,10 +73,11 @@ def plan_removal(
 
     Raises:
         InvalidError: Neither a namespace nor keys are named, or the index does not hold all of the root.
+        UnavailableError: The index was cleared or failed meanwhile.
     """
     if namespace is None and keys is None:
         raise InvalidError("name a namespace, or keys: removing everything is not offered")
-    store.hints.check_whole()
+    store.check_whole()
     named = None if keys is None else set(keys)
     rows: list[Row] = []
     pinned = 0
@@ -88,6 +89,7 @@ def plan_removal(
         pinned += kept
         unknown -= {row.key for row in chosen}
         whole = whole and not kept
+    store.check_whole()
     rows.sort(key=lambda row: -row.record.end_token)
     return RemovalPlan(
         chunks=tuple((row.namespace, row.key) for row in rows),

@@ -76,9 +76,9 @@ def plan_chains(
     Raises:
         InvalidError: A pin's file is damaged: what it held must not be guessed. Or the index does not hold
             all of the root.
-        UnavailableError: The pins or the quarantine cannot be read.
+        UnavailableError: The pins or the quarantine cannot be read, or the index was cleared or failed meanwhile.
     """
-    store.hints.check_whole()
+    store.check_whole()
     pinned = _pinned(store, released)
     rows: list[Row] = []
     kept = spared = 0
@@ -91,6 +91,7 @@ def plan_chains(
         kept += len(doomed & needed)
         spared += len((wanted.keys & stored.keys()) - doomed)
         erased |= (wanted.keys | doomed) - needed
+    store.check_whole()
     rows.sort(key=lambda row: -row.record.end_token)
     return RemovalPlan(
         chunks=tuple((row.namespace, row.key) for row in rows),

@@ -255,8 +255,12 @@ class Scrub:
             return
         path = self._root.layout.blob(entry.namespace, entry.key)
         quarantined = self._condemn(entry, miss)
+        if quarantined is False:
+            return  # It has gone, or somebody has put a sound one in its place.
         self._found(
-            Finding(path=path, reason=miss.reason, detail=miss.detail, quarantined=quarantined)
+            Finding(
+                path=path, reason=miss.reason, detail=miss.detail, quarantined=bool(quarantined)
+            )
         )
 
     def _read(self, entry: ScanEntry) -> Miss | None:
@@ -270,19 +274,20 @@ class Scrub:
         )
         return loaded if isinstance(loaded, Miss) else None
 
-    def _condemn(self, entry: ScanEntry, miss: Miss) -> bool:
+    def _condemn(self, entry: ScanEntry, miss: Miss) -> bool | None:
+        """Move a blob out of the way; False if it turns out not to be damaged, None if it is left."""
         # A version that this reader does not know is no damage.
         if self._quarantine is None or miss.reason is MissReason.VERSION:
-            return False
+            return None
         if self._quarantines_left is not None:
             if not self._quarantines_left:
-                return False
+                return None
             self._quarantines_left -= 1
         try:
             return self._quarantine.take(entry.namespace, entry.key, miss.reason)
         except PrefixStoreError as error:
             self.errors.append(str(error))
-            return False
+            return None
 
     def _found(self, finding: Finding) -> None:
         self._reasons[finding.reason] += 1

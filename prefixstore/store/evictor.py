@@ -11,13 +11,14 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from prefixstore.errors import PrefixStoreError
+from prefixstore.errors import InvalidError, PrefixStoreError, UnavailableError
 from prefixstore.index.base import Address, Row
 from prefixstore.keys import Key, NamespaceId
 from prefixstore.policy.eviction import Candidate, EvictionPlan, Victim, plan_eviction
+from prefixstore.store.hints import LOST, PARTIAL
 from prefixstore.store.keeper import Keeper
 from prefixstore.store.parts import Parts
-from prefixstore.store.reconcile import ReconcileReport, reconcile
+from prefixstore.store.reconcile import COMPLETE_MARK, ReconcileReport, reconcile
 from prefixstore.store.remover import Doomed, Remover
 from prefixstore.store.tally import Tally
 from prefixstore.store.values import EvictionReport
@@ -29,6 +30,8 @@ LOG = logging.getLogger(__name__)
 BATCH_VICTIMS = 256
 """Victims between two looks at the pin files, the refcounts and whether to stop: some 50 ms of work, and
 rows enough to share a transaction."""
+SCANS_MAX = 2
+"""An index that is cleared, or fails, in the middle of a scan is told of everything once more, no more often."""
 TORN_AGE_S = 3600
 """Torn files younger than this are left: another host's view of a fresh file may lag behind."""
 
@@ -61,6 +64,8 @@ class Evictor:
         self._usage = parts.usage
         self._gone = parts.gone
         self._remover = Remover(parts, namespace=namespace)
+        # Replaced whole: of the last scan.
+        self._scanned: ReconcileReport | None = None
 
     def reconcile(
         self, *, stop: Callable[[], bool] = lambda: False, resume: bool = False
@@ -72,10 +77,28 @@ class Evictor:
         if self._keeper is not None:
             self._keeper.flush()
         mark = self._usage.begin_scan()
-        report = reconcile(self._tree, self._hints, stop=stop, gone=self._gone, resume=resume)
+        for _ in range(SCANS_MAX):
+            report = reconcile(self._tree, self._hints, stop=stop, gone=self._gone, resume=resume)
+            if self._is_whole(report) or stop():
+                break
+            # The index that took the place of one that failed half way knows the other half only.
+            resume = False
         if report.finished and not report.resumed:
             self._usage.end_scan(mark, report.by_namespace)
+        self._scanned = report
         return report
+
+    def check_whole(self) -> None:
+        """Refuse a question about all of the root that the index could not answer as it was last reconciled.
+
+        Raises:
+            InvalidError: It had no room for all that it was told.
+            UnavailableError: It was cleared or has failed since.
+        """
+        if self._hints.has_forgotten:
+            raise InvalidError(PARTIAL)
+        if self._scanned is not None and not self._is_whole(self._scanned):
+            raise UnavailableError(LOST)
 
     def evict(
         self,
@@ -100,13 +123,14 @@ class Evictor:
         tally = Tally(dry_run=dry_run)
         if self._keeper is not None:
             self._keeper.flush()
-        unindexed: Counter[NamespaceId] = Counter()
-        if scan:
-            report = self._scan(stop)
-            tally.errors += report.errors
-            if not dry_run:
-                self._remove_torn(report)
-            unindexed = report.unindexed
+        scanned = self.reconcile(stop=stop) if scan else self._known()
+        tally.errors += scanned.errors
+        if scanned.cut_short and self._hints.mark(COMPLETE_MARK) is None:
+            # Any number of chunks may follow those that it knows.
+            return self._report(tally)
+        if not dry_run:
+            self._remove_torn(scanned)
+        unindexed = scanned.unindexed
         if not dry_run and not self._knows_time(tally, wanted=max_age_s is not None):
             max_age_s = None
         try:
@@ -128,7 +152,7 @@ class Evictor:
             tally.planned(plan)
             evicted_before = tally.evicted_chunks
             if not dry_run:
-                self._carry_out(plan, tally, stop)
+                self._carry_out(plan, scanned, tally, stop)
             made_progress = tally.evicted_chunks > evicted_before
             if not plan.truncated or not made_progress or tally.gave_up or stop():
                 break
@@ -211,7 +235,13 @@ class Evictor:
         row = self._hints.row(namespace, key)
         return None if row is None or row.record.presumed else _candidate(row)
 
-    def _carry_out(self, plan: EvictionPlan, tally: Tally, stop: Callable[[], bool]) -> None:
+    def _carry_out(
+        self,
+        plan: EvictionPlan,
+        scanned: ReconcileReport,
+        tally: Tally,
+        stop: Callable[[], bool],
+    ) -> None:
         victims = plan.victims
         for at in range(0, len(victims), BATCH_VICTIMS):
             if tally.gave_up or stop():
@@ -221,9 +251,12 @@ class Evictor:
             except PrefixStoreError as error:
                 tally.failed(error)
                 return
-            self._remover.remove(
-                self._still_doomed(victims[at : at + BATCH_VICTIMS], held, tally), tally
-            )
+            doomed = self._still_doomed(victims[at : at + BATCH_VICTIMS], held, tally)
+            # After the look at the rows: those of an index that is being filled anew lack children.
+            if not self._is_whole(scanned):
+                tally.give_up(LOST)
+                return
+            self._remover.remove(doomed, tally)
             # Those who wait for room hear of it.
             self._usage.exchange()
 
@@ -231,12 +264,19 @@ class Evictor:
         self, victims: Sequence[Victim], held: dict[Address, int], tally: Tally
     ) -> list[Doomed]:
         """Return the victims to which nothing has happened since the plan was made."""
+        # A transfer that ends after this is seen in the rows, one that begins later in flight.
+        busy = {address for v in victims if (address := (v.namespace, v.key)) in self._inflight}
+        if self._keeper is not None:
+            # What was stored and used since then keeps what it follows.
+            self._keeper.flush()
         doomed: list[Doomed] = []
         going: Counter[Address] = Counter()
         for victim in victims:
             address = (victim.namespace, victim.key)
             row = self._hints.row(*address)
             kept = self._kept(address, held) or _changed(victim, row, going[address])
+            if address in busy:
+                kept = kept or "in_flight"
             if kept is not None or row is None:
                 tally.kept[kept or "gone"] += 1
                 continue
@@ -257,32 +297,38 @@ class Evictor:
         except PrefixStoreError:
             return 0
 
-    def _scan(self, stop: Callable[[], bool]) -> ReconcileReport:
-        """Reconcile for an eviction, which must know all children."""
-        failures = self._hints.failures
-        report = self.reconcile(stop=stop)
-        if self._hints.failures != failures:
-            # The index that took the place of one that failed half way knows the other half only.
-            report = self.reconcile(stop=stop)
-        return report
+    def _known(self) -> ReconcileReport:
+        """Return what the last scan has met; of none, when the caller trusts an index that others filled."""
+        return self._scanned or ReconcileReport(generation=self._hints.generation())
+
+    def _is_whole(self, scanned: ReconcileReport) -> bool:
+        """Whether the index still holds what a scan told it: all children, above all."""
+        return self._hints.generation() == scanned.generation
 
     def _remove_torn(self, report: ReconcileReport) -> None:
         """Remove files that a power cut left under a blob's name: nothing can be read from them."""
         now_s = self._membership.now_s()
-        for entry in report.torn:
+        torn, report.torn = report.torn, []
+        for entry in torn:
             if now_s - entry.modified_s <= TORN_AGE_S:
                 continue
             try:
                 # A writer may have replaced it.
                 if not self._tree.is_torn(entry.namespace, entry.key):
                     continue
-                self._tree.unlink(entry.namespace, entry.key)
+                was_there = self._tree.unlink(entry.namespace, entry.key)
             except PrefixStoreError as error:
                 LOG.warning("a torn blob stays: %s", error)
                 return
-            report.unindexed[entry.namespace] -= entry.file_bytes
-            self._usage.removed(entry.namespace, entry.file_bytes)
-            self._counters.add(torn_removed=1)
+            # A row that it had from better days counts in its place.
+            (row,) = self._hints.get_many(entry.namespace, [entry.key])
+            counted = row.file_bytes if row is not None else 0
+            report.unindexed[entry.namespace] -= entry.file_bytes - counted
+            self._hints.remove_many(entry.namespace, [entry.key])
+            self._gone(entry.namespace, [entry.key])
+            if was_there:
+                self._usage.removed(entry.namespace, entry.file_bytes)
+                self._counters.add(torn_removed=1)
 
     def _report(self, tally: Tally, *, short_bytes: int = 0) -> EvictionReport:
         chunks, file_bytes = self._totals()

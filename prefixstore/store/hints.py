@@ -8,16 +8,17 @@ place stays taken until the store is opened again, so a broken index cannot fail
 import contextlib
 import logging
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from prefixstore.errors import ClosedError, InvalidError, UnavailableError
+from prefixstore.errors import ClosedError, UnavailableError
 from prefixstore.index.base import Address, Entry, Index, Refs, Row, Totals
 from prefixstore.index.memory_index import MemoryIndex
 from prefixstore.index.records import Record
 from prefixstore.keys import Key, NamespaceId
 
-__all__ = ["PARTIAL", "Hints"]
+__all__ = ["LOST", "PARTIAL", "Hints"]
 
 LOG = logging.getLogger(__name__)
 
@@ -25,6 +26,9 @@ PARTIAL = (
     "the root has more chunks than this host's index, which is in memory, has room for: set index_dir "
     "(--index-dir) to a directory on a local disk"
 )
+LOST = "the index was cleared or failed meanwhile, so what it tells now is not all of the root: try again"
+GENERATION_MARK = "generation"
+"""Set in an index by the first who asks; gone with everything else once it is cleared or replaced."""
 
 T = TypeVar("T")
 
@@ -55,14 +59,17 @@ class Hints:
         """Whether the index that answers now had no room for all it was told."""
         return self._index.has_forgotten
 
-    def check_whole(self) -> None:
-        """Refuse a question about all of the root that this index could not answer, once reconciled.
+    def generation(self) -> str:
+        """Name what the index holds now: another name later says that it was cleared or replaced meanwhile.
 
-        Raises:
-            InvalidError: It had no room for all that it was told.
+        By any process of this host: a repair beside an engine clears the index that both use.
         """
-        if self.has_forgotten:
-            raise InvalidError(PARTIAL)
+        name = self.mark(GENERATION_MARK)
+        if name is None:
+            # Two that ask at once may hear of two names: one of them then looks again in vain.
+            name = uuid.uuid4().hex
+            self.set_mark(GENERATION_MARK, name)
+        return name
 
     def get_many(self, namespace: NamespaceId, keys: Sequence[Key]) -> list[Record | None]:
         """Return what is known of each key."""
@@ -124,6 +131,10 @@ class Hints:
     def set_mark(self, name: str, value: str | None) -> None:
         """Keep a small note beside the rows."""
         self._ask(lambda index: index.set_mark(name, value))
+
+    def renew(self) -> None:
+        """Expect to be told of all chunks anew, those that there was no room for, too."""
+        self._ask(lambda index: index.renew())
 
     def clear(self) -> None:
         """Forget everything."""

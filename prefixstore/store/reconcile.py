@@ -13,6 +13,9 @@ directory at a time, in bounded memory:
 A known blob costs its share of a directory listing and a stat, an unknown one a read of its header
 besides. A scan of a directory is not of one moment, so what seems to have vanished is looked at again:
 it may have been published after its directory was listed.
+
+A few directories and headers that cannot be read are passed over: what they hide is too little for the rest to
+wait until somebody has mended a disk. A host that cannot read more than a few ends its scan.
 """
 
 from collections import Counter
@@ -21,11 +24,11 @@ from dataclasses import dataclass, field
 
 from prefixstore.blob.header import BlobHeader, file_bytes
 from prefixstore.blob.reasons import MissReason
-from prefixstore.errors import PrefixStoreError
+from prefixstore.errors import PrefixStoreError, UnavailableError
 from prefixstore.index.base import Entry, Row
 from prefixstore.index.records import COUNT_MAX, Record
 from prefixstore.keys import Key, NamespaceId
-from prefixstore.store.hints import PARTIAL, Hints
+from prefixstore.store.hints import LOST, PARTIAL, Hints
 from prefixstore.tree.blobs import BlobTree, Miss, ScanEntry
 
 __all__ = ["COMPLETE_MARK", "ReconcileReport", "reconcile", "record_of"]
@@ -40,6 +43,9 @@ milliseconds, for a transaction each."""
 ERRORS_KEPT = 8
 TORN_KEPT = 2**16
 """A power cut can tear every file of its last minutes; the next scan meets the rest."""
+HIDDEN_MAX = 16
+"""Directories and headers to pass over. Chunks that nobody sees count for no parent: an eviction may leave so
+many directories' chunks, of 65536, without what they follow. Each can take as long as a mount takes to fail."""
 PUT_ROWS = 1024
 """Rows to collect before they are put: one transaction for several directories."""
 
@@ -57,11 +63,15 @@ class ReconcileReport:
         unindexed: Bytes of files that got no row, by namespace: torn or damaged, of a later version, or
             more than an index in memory holds.
         torn: Files in the place of a blob whose length or header is not a blob's.
+        generation: What the index was that was told; see ``Hints.generation``.
+        hidden: Directories and headers that could not be read and were passed over.
         finished: Every directory was read to its end.
+        cut_short: The scan ended before the end of the root: what it has not met is any number of chunks.
         resumed: An earlier scan had read the first of them: what it met is not in these figures.
         errors: Sentences on what could not be read; the first few.
     """
 
+    generation: str = ""
     blobs: int = 0
     file_bytes: int = 0
     by_namespace: Counter[NamespaceId] = field(default_factory=Counter)
@@ -69,7 +79,9 @@ class ReconcileReport:
     removed: int = 0
     unindexed: Counter[NamespaceId] = field(default_factory=Counter)
     torn: list[ScanEntry] = field(default_factory=list)
+    hidden: int = 0
     finished: bool = True
+    cut_short: bool = False
     resumed: bool = False
     errors: list[str] = field(default_factory=list)
 
@@ -78,9 +90,27 @@ class ReconcileReport:
         if len(self.torn) < TORN_KEPT:
             self.torn.append(entry)
 
+    def stopped(self) -> None:
+        """Note that the scan has ended before its end."""
+        self.finished, self.cut_short = False, True
+
     def failed(self, error: PrefixStoreError) -> None:
-        """Note that something could not be read."""
-        self.finished = False
+        """Note what has ended the scan before its end."""
+        self.stopped()
+        self._tell(error)
+
+    def hide(self, error: PrefixStoreError) -> None:
+        """Note what could not be read and is passed over.
+
+        Raises:
+            PrefixStoreError: ``error``, if it is one too many.
+        """
+        if self.hidden == HIDDEN_MAX:
+            raise error
+        self.hidden += 1
+        self._tell(error)
+
+    def _tell(self, error: PrefixStoreError) -> None:
         if len(self.errors) < ERRORS_KEPT:
             self.errors.append(str(error))
 
@@ -123,7 +153,7 @@ def reconcile(
     Returns:
         What was met. Never raises for what a filesystem does: the report says what is missing.
     """
-    report = ReconcileReport()
+    report = ReconcileReport(generation=hints.generation())
     try:
         # Namespaces of the index, too: a directory that is gone leaves rows behind.
         namespaces = {*tree.root.namespaces(), *hints.totals()}
@@ -132,15 +162,25 @@ def reconcile(
         return report
     done_namespace, after = _cursor(hints) if resume else ("", _START)
     report.resumed = done_namespace != ""
+    if not report.resumed:
+        if hints.has_forgotten:
+            # It is told anew what it had no room for; until that has ended it knows some of it.
+            hints.set_mark(COMPLETE_MARK, None)
+        hints.renew()
     for namespace in sorted(namespaces):
         if namespace >= done_namespace:
             merge = _Merge(tree, hints, namespace, report, gone=gone, stop=stop)
             merge.run(after=after if namespace == done_namespace else _START)
-    if report.finished and hints.has_forgotten:
-        _tell_partial(report, hints)
+    if hints.generation() != report.generation:
+        # What it was told before that is not in it.
+        report.failed(UnavailableError(LOST))
     elif report.finished:
-        hints.set_mark(COMPLETE_MARK, "1")
+        # Of an index without room for all, too: from there the next scan would meet the end only.
         hints.set_mark(CURSOR_MARK, None)
+        if hints.has_forgotten:
+            _tell_partial(report, hints)
+        else:
+            hints.set_mark(COMPLETE_MARK, "1")
     return report
 
 
@@ -193,10 +233,10 @@ class _Merge:
         for _ in self._rows_through("".join(after)):
             pass  # An earlier scan has compared them.
         try:
-            directories = self._tree.scan(self._namespace, after=after)
+            directories = self._tree.scan(self._namespace, after=after, pass_over=self._pass_over)
             for number, ((outer, inner), entries) in enumerate(directories, 1):
                 if self._stop():
-                    self._report.finished = False
+                    self._report.stopped()
                     break
                 fan = bytes.fromhex(outer + inner)
                 # Rows before this directory belong to directories that are not there.
@@ -210,6 +250,25 @@ class _Merge:
         except PrefixStoreError as error:
             self._report.failed(error)
         self._put(at_least=1)
+
+    def _pass_over(self, directory: tuple[str, str], error: PrefixStoreError) -> None:
+        """Leave what is known of a directory that cannot be read as it is.
+
+        Raises:
+            PrefixStoreError: ``error``, if the scan is to end here.
+        """
+        if self._stop():
+            raise error
+        self._hide(error)
+        self._report.finished = False
+        fan = bytes.fromhex("".join(directory))
+        self._vanished([row.key for row in self._rows_until(fan)])
+        for _ in self._rows_of(fan):
+            pass
+
+    def _hide(self, error: PrefixStoreError) -> None:
+        self._report.hide(error)
+        self._notes_cursor = False
 
     def _rows_through(self, digits: str) -> Iterator[Row]:
         """Yield the rows of all directories up to one, that one included."""
@@ -236,7 +295,7 @@ class _Merge:
             self._report.by_namespace[self._namespace] += entry.file_bytes
             used_s = min(max(0, int(entry.modified_s)), COUNT_MAX)
             if record is None or record.raw_bytes == 0 or record.file_bytes != entry.file_bytes:
-                self._learn(entry, used_s=used_s, is_new=record is None)
+                self._learn(entry, used_s=used_s, known=record)
             elif used_s > record.used_s:
                 # Another host used it and touched it on disk.
                 self._new.append(
@@ -245,19 +304,23 @@ class _Merge:
         self._vanished(list(known))
         self._put(at_least=PUT_ROWS)
 
-    def _learn(self, entry: ScanEntry, *, used_s: int, is_new: bool) -> None:
+    def _learn(self, entry: ScanEntry, *, used_s: int, known: Record | None) -> None:
         header = self._tree.read_header(self._namespace, entry.key)
         if isinstance(header, Miss) or file_bytes(header.stored_bytes) != entry.file_bytes:
             if isinstance(header, Miss) and header.reason is MissReason.ABSENT:
                 return
-            self._report.unindexed[self._namespace] += entry.file_bytes
+            if isinstance(header, Miss) and header.reason is MissReason.IO:
+                self._hide(UnavailableError(header.detail))
+            # A row that it has from better days is counted already.
+            counted = known.file_bytes if known is not None else 0
+            self._report.unindexed[self._namespace] += entry.file_bytes - counted
             if not isinstance(header, Miss) or header.reason in (
                 MissReason.TORN,
                 MissReason.HEADER,
             ):
                 self._report.tore(entry)
             return
-        self._report.added += is_new
+        self._report.added += known is None
         record = record_of(header, used_s=used_s, touched_s=used_s)
         self._new.append((self._namespace, entry.key, record))
 

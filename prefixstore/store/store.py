@@ -132,8 +132,9 @@ class PrefixStore(Upkeep):
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         """Return for each key, in whatever order, whether it is stored; a hint as above.
 
-        Keys that the index does not know are looked at on disk, a bounded number of them; the others are
-        reported missing.
+        Keys that the index does not know are looked at on disk, from the first on and a bounded number of
+        them; the others are reported missing. So give the most useful ones first: of a sliding window, those
+        nearest to the end of a prompt.
         """
         answers = self._lookups().contains(keys)
         self._parts.counters.add(lookups=1, lookup_keys=len(keys), lookup_found=sum(answers))

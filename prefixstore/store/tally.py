@@ -61,6 +61,11 @@ class Tally:
             self.errors.append(str(error))
         self.gave_up = self._failures >= ERRORS_MAX
 
+    def give_up(self, why: str) -> None:
+        """End the run for a reason that lies in no single removal."""
+        self.errors.append(why)
+        self.gave_up = True
+
     def _planned_groups(self) -> list[PlannedGroup]:
         return [
             PlannedGroup(

@@ -256,6 +256,16 @@ class Upkeep:
         self._count_pins()
         return report
 
+    def check_whole(self) -> None:
+        """Refuse to answer for all of the root from an index that does not hold all that ``reconcile`` has met.
+
+        Raises:
+            InvalidError: It had no room for all of it.
+            UnavailableError: It was cleared or has failed since.
+        """
+        self._check_open()
+        self._evictor.check_whole()
+
     def reap(self, *, dry_run: bool = False) -> Reaped:
         """Remove what dead writers left behind, looked for in every directory.
 
@@ -301,7 +311,7 @@ class Upkeep:
                 NamespaceStats(namespace=namespace, chunks=t.chunks, file_bytes=t.file_bytes)
                 for namespace, t in sorted(totals.items())
             ),
-            complete=self.hints.mark(COMPLETE_MARK) is not None,
+            complete=self.hints.mark(COMPLETE_MARK) is not None and not self.hints.has_forgotten,
             index_kind=self.hints.kind,
             counters=self.counters(),
         )

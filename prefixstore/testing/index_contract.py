@@ -112,6 +112,21 @@ class IndexContract:
         )
         check_counts(index)
 
+    def test_what_is_told_anew_is_known_as_before(self, index: Index) -> None:
+        """To expect a scan of everything loses neither rows, refcounts nor marks."""
+        keys = chain(3)
+        put = entries(keys, used_s=7)
+        index.put_many(put)
+        index.set_pins({(ONE, keys[0]): 1})
+        index.set_mark("rebuilt", "yes")
+        index.renew()
+        index.put_many(put[:2])
+        assert [record for _, _, record in put] == index.get_many(ONE, keys)
+        assert Refs(1, 1) == index.refs(ONE, keys[0])
+        assert index.mark("rebuilt") == "yes"
+        assert not index.has_forgotten
+        check_counts(index)
+
     def test_nothing_asked_nothing_done(self, index: Index) -> None:
         """Empty lists are fine everywhere."""
         assert [] == index.get_many(ONE, [])

@@ -322,13 +322,19 @@ class BlobTree:
         return True
 
     def scan(
-        self, namespace: NamespaceId, *, after: tuple[str, str] = ("", "")
+        self,
+        namespace: NamespaceId,
+        *,
+        after: tuple[str, str] = ("", ""),
+        pass_over: Callable[[tuple[str, str], PrefixStoreError], None] | None = None,
     ) -> Iterator[tuple[tuple[str, str], list[ScanEntry]]]:
         """Yield the blobs of a namespace directory by directory, in a fixed order.
 
         Args:
             namespace: Which.
             after: The last directory that an earlier scan has done; those up to it are skipped.
+            pass_over: Told of each directory of blobs that cannot be read; the scan goes on behind it. None
+                for a scan that ends there.
 
         Yields:
             A directory's name, fit for ``after``, and its blobs. What vanishes while it is looked at
@@ -337,4 +343,4 @@ class BlobTree:
         Raises:
             UnavailableError: A directory cannot be read.
         """
-        return scan_blobs(self._os, self._layout, namespace, after=after)
+        return scan_blobs(self._os, self._layout, namespace, after=after, pass_over=pass_over)

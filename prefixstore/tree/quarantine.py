@@ -13,7 +13,7 @@ import os
 import re
 import uuid
 
-from prefixstore.blob.header import FILE_BYTES_MAX
+from prefixstore.blob.header import HEADER_BYTES, decode_header, file_bytes
 from prefixstore.blob.reasons import MissReason
 from prefixstore.blob.verify import check_image
 from prefixstore.errors import CorruptError
@@ -87,16 +87,24 @@ class Quarantine:
             fd = self._os.open(path, os.O_RDONLY)
             try:
                 size = self._os.stat_open(fd).size_bytes
-                image = memoryview(bytearray(min(size, FILE_BYTES_MAX)))
-                done = 0
-                while count := self._os.read_into(fd, image[done:], done):
-                    done += count
+                # By its first page already: garbage may be as long as all memory.
+                page = self._read(fd, HEADER_BYTES)
+                if file_bytes(decode_header(page).stored_bytes) != size:
+                    return False
+                header = check_image(self._read(fd, size))
             finally:
                 self._os.close(fd)
-            header = check_image(image[:done])
-        except (OSError, CorruptError):
+        except (OSError, CorruptError, MemoryError):
             return False
-        return size == done and (header.namespace, header.key) == (namespace, key)
+        return (header.namespace, header.key) == (namespace, key)
+
+    def _read(self, fd: int, size_bytes: int) -> memoryview:
+        """Return the beginning of a file; less where it ends before that."""
+        image = memoryview(bytearray(size_bytes))
+        done = 0
+        while count := self._os.read_into(fd, image[done:], done):
+            done += count
+        return image[:done]
 
     def _give_back(self, path: str, source: str) -> None:
         """Give a sound blob its name again, unless another has it by now.

@@ -5,9 +5,10 @@ grammar of ``prefixstore.tree.paths``, links, devices and files in a directory t
 passed over. On a shared filesystem a listing is not of one moment.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from prefixstore.errors import PrefixStoreError
 from prefixstore.keys import Key, NamespaceId
 from prefixstore.tree.osfs import Os
 from prefixstore.tree.paths import Layout, blob_key, is_fan, temporary_writer
@@ -27,7 +28,12 @@ class ScanEntry:
 
 
 def scan_blobs(
-    calls: Os, layout: Layout, namespace: NamespaceId, *, after: tuple[str, str]
+    calls: Os,
+    layout: Layout,
+    namespace: NamespaceId,
+    *,
+    after: tuple[str, str],
+    pass_over: Callable[[tuple[str, str], PrefixStoreError], None] | None = None,
 ) -> Iterator[tuple[tuple[str, str], list[ScanEntry]]]:
     """Yield the blobs of a namespace by directory; see ``BlobTree.scan``."""
     base = layout.namespace(namespace)
@@ -35,9 +41,16 @@ def scan_blobs(
         if outer < after[0]:
             continue
         for inner in _fans(calls, f"{base}/{outer}"):
-            if (outer, inner) > after:
-                leaf = f"{base}/{outer}/{inner}"
-                yield (outer, inner), _scan_leaf(calls, layout, namespace, leaf)
+            if (outer, inner) <= after:
+                continue
+            try:
+                entries = _scan_leaf(calls, layout, namespace, f"{base}/{outer}/{inner}")
+            except PrefixStoreError as error:
+                if pass_over is None:
+                    raise
+                pass_over((outer, inner), error)
+            else:
+                yield (outer, inner), entries
 
 
 def scan_temporaries(

@@ -1,5 +1,6 @@
 """Export and import as people run them: files, parts, pipes, and what can be wrong with each."""
 
+import errno
 import io
 import os
 import subprocess
@@ -12,6 +13,8 @@ import pytest
 from prefixstore.ops.volumes import VolumeReader, VolumeWriter, volumes_of
 from prefixstore.store import PrefixStore
 from prefixstore.testing.chains import FIELDS, chain, store_chain
+from prefixstore.tree.osfs import Entry, RealOs
+from tests.cli.conftest import Run as RunHere
 
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
 KEYS = chain("a", 6)
@@ -130,6 +133,26 @@ def test_what_is_wrong_is_told_and_nothing_is_left(
     assert not Path(tmp_path, "typo").exists()
     assert [b"Traceback" in outcome.stderr for outcome in outcomes] == [False] * 5
     assert blobs(target) == {}
+
+
+def test_an_export_that_could_not_look_everywhere_says_so(
+    root: str, tmp_path: Path, run: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What can be read is written, and a script hears that it is not all."""
+    bad = str(next(Path(root).glob("ns/*/*/*/*.kv")).parent)
+    scan = RealOs.scan
+
+    def failing(calls: RealOs, path: str) -> list[Entry]:
+        if path == bad:
+            raise OSError(errno.EIO, "a bad disk")
+        return scan(calls, path)
+
+    monkeypatch.setattr(RealOs, "scan", failing)
+    done = run("export", "--root", root, f"{tmp_path}/kv.pfx")
+
+    assert done.code == 1
+    assert f"not everything was looked at: [Errno {errno.EIO}]" in done.err
+    assert f"{len(KEYS) - 1} chunks" in done.out
 
 
 def test_an_export_that_fails_leaves_no_file(tmp_path: Path) -> None:

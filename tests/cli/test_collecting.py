@@ -15,6 +15,8 @@ import click
 import pytest
 
 from prefixstore.cli.main import cli
+from prefixstore.errors import InvalidError
+from prefixstore.index.memory_index import MemoryIndex
 from prefixstore.keys import namespace_id
 from prefixstore.store import PrefixStore
 from prefixstore.testing.chains import FIELDS, FILE_BYTES
@@ -130,6 +132,56 @@ def test_a_dry_run_tells_what_would_go_and_why(root: str, run: Run, fill: Fill) 
     assert f"{old}: 10 chunks, 120.0 KiB, too old, last used 1970-01-02 00:00Z to" in text
     assert "limit of the namespace" in text
     assert blobs(root) == 20
+
+
+@pytest.fixture
+def no_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand for a home on a network filesystem: no verb has an index on disk."""
+
+    def refuse(_environment: object) -> Path:
+        raise InvalidError("the cache directory is on NFS")
+
+    monkeypatch.setattr("prefixstore.index.place.default_index_dir", refuse)
+
+
+@pytest.mark.usefixtures("no_cache_directory")
+def test_verbs_without_an_index_on_disk_have_room_for_the_root(
+    root: str, run: Run, fill: Fill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They read a root once; an engine's bound is none for them."""
+    fill("a", "b", "c")
+    monkeypatch.setitem(MemoryIndex.__init__.__kwdefaults__, "rows_max", 8)
+    listed = run("gc", root, "--max-bytes", f"{10 * FILE_BYTES}B", "--yes")
+
+    assert (listed.code, listed.err) == (0, "")
+    assert blobs(root) == 10
+
+
+@pytest.mark.usefixtures("no_cache_directory")
+def test_gc_removes_what_it_can_plan_and_says_what_is_wrong(
+    root: str, run: Run, fill: Fill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that is sound as far as it goes is carried out; the exit code tells that it was not all."""
+    fill("a", "b", "c")
+    monkeypatch.setattr("prefixstore.store.opening.TOOL_ROWS_MAX", 16)
+    done = run("gc", root, "--max-bytes", f"{25 * FILE_BYTES}B", "--yes")
+
+    assert done.code == 1
+    assert "--index-dir" in done.err
+    assert blobs(root) == 25
+
+
+def test_gc_removes_torn_files_before_chunks(root: str, run: Run, fill: Fill) -> None:
+    """They take room that the sound ones could have."""
+    fill("a", "b", "c")
+    torn = sorted(Path(root).glob("ns/*/*/*/*.kv"))[:5]
+    for path in torn:
+        path.write_bytes(bytes(4000))
+        os.utime(path, (1e9, 1e9))
+    done = run("gc", root, "--max-bytes", f"{20 * FILE_BYTES}B", "--yes")
+
+    assert done.code == 0
+    assert not any(path.exists() for path in torn)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

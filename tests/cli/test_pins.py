@@ -1,12 +1,16 @@
 """``pin``, ``unpin`` and ``pins`` as a user runs them."""
 
+import errno
 import time
 from pathlib import Path
+
+import pytest
 
 from prefixstore.config import StoreConfig
 from prefixstore.keys import namespace_id
 from prefixstore.store import PrefixStore
 from prefixstore.testing.chains import FIELDS, FILE_BYTES, chain
+from prefixstore.tree.osfs import Entry, RealOs
 from tests.cli.conftest import Fill, Run
 from tests.cli.engine_stub import EngineStub
 
@@ -49,6 +53,28 @@ def test_overlapping_pins_hold_what_the_other_lets_go(root: str, run: Run, fill:
 
     assert lines["long"]["stored_bytes"] == lines["short"]["stored_bytes"] == FILE_BYTES
     assert stems(root) == {key.hex() for key in keys[:3]}
+
+
+def test_a_pin_of_a_namespace_says_when_it_is_not_of_all_of_it(
+    root: str, run: Run, fill: Fill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be read is not kept, and what is only said to be kept goes."""
+    fill("a")
+    bad = str(next(Path(root).glob("ns/*/*/*/*.kv")).parent)
+    scan = RealOs.scan
+
+    def failing(calls: RealOs, path: str) -> list[Entry]:
+        if path == bad:
+            raise OSError(errno.EIO, "a bad disk")
+        return scan(calls, path)
+
+    monkeypatch.setattr(RealOs, "scan", failing)
+    named = run("pin", root, "some", "--key", chain("a", 10)[0].hex(), "--namespace", NAMESPACE)
+    done = run("pin", root, "all", "--namespace", NAMESPACE)
+
+    assert (named.code, done.code) == (0, 1)
+    assert "not everything was looked at" in done.err
+    assert "Pinned 9 chunks" in done.out
 
 
 def test_every_hosts_refcounts_follow_the_pin_files(

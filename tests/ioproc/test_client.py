@@ -1,5 +1,6 @@
 """The engine's side of the I/O process: exact, bounded, and never wrong about where bytes land."""
 
+import dataclasses
 import errno
 import os
 import selectors
@@ -75,6 +76,26 @@ def test_what_was_stored_is_found_and_loaded_as_it_was(client):
     assert isinstance(loaded, LoadDone)
     assert set(keys) == set(loaded.landed)
     assert {i: payload(i) for i in range(20)} == {i: bytes(m) for i, m in slots.memory.items()}
+
+
+def test_a_load_took_as_long_as_it_took_however_late_one_asks(make_client):
+    """An engine in a long step hears of a load seconds after it ended."""
+    clock = ShiftedClock()
+    client = make_client(clock=clock)
+    await_state(client, "on")
+    keys = chain(2)
+    store_chain(client, keys)
+    slots = Slots()
+    slots.put(0, bytes(PAYLOAD_BYTES))
+    slots.put(1, bytes(PAYLOAD_BYTES))
+
+    client.load(1, [slots.load(key, i) for i, key in enumerate(keys)])
+    wait_until(lambda: bool(client._finished), "the load to end")
+    clock.advance(5.0)
+    (done,) = client.poll()
+
+    assert set(keys) == set(done.landed)
+    assert done.elapsed_s < 5.0
 
 
 def test_a_missing_chunk_leaves_its_slot_alone(client):
@@ -437,6 +458,53 @@ def test_a_closed_client_writes_to_no_file(client):
     finally:
         for pipe in pipes:
             os.close(pipe)
+
+
+def test_a_client_that_stops_waiting_for_a_hung_process_leaves_no_file_open(make_client):
+    """The thread that sees the process off closes what it waited on, whoever still waits for it."""
+    client = make_client(hang_s=1.0)
+    await_state(client, "on")
+    pump, number, pid = client._pump, client._pump._wake, child_of(client)
+    stop(pid)
+    try:
+        client.close(0.1)
+        assert pump._thread.is_alive()
+        pump._thread.join(20.0)
+        assert not pump._thread.is_alive()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(number)
+    finally:
+        if runs(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("fails", ["fill", "land"])
+def test_a_copy_that_fails_costs_its_chunk_only(client, fails):
+    """A bug in a copy ends as an error of that chunk: no job waits for ever, and no buffer is lost."""
+    keys, slots = chain(20), Slots()
+    store_chain(client, keys[:10])
+
+    def refuse(_payload):
+        raise ValueError("a bug")
+
+    for i in range(20):
+        slots.put(i, payload(i))
+    if fails == "fill":
+        chunks = [slots.store(key, i) for i, key in enumerate(keys[10:], 10)]
+        chunks[:8] = [dataclasses.replace(chunk, fill=refuse) for chunk in chunks[:8]]
+        assert client.store(1, chunks)
+        (done,) = await_jobs(client)
+        assert (done.stored, set(done.skipped)) == (keys[18:], set(keys[10:18]))
+        assert set(done.skipped.values()) == {"error"}
+    else:
+        chunks = [slots.load(key, i) for i, key in enumerate(keys[:10])]
+        chunks[:8] = [dataclasses.replace(chunk, land=refuse) for chunk in chunks[:8]]
+        client.load(1, chunks)
+        (done,) = await_jobs(client)
+        assert (set(done.landed), set(done.missed)) == (set(keys[8:10]), set(keys[:8]))
+        assert set(done.missed.values()) == {"error"}
+    assert client.state == "on"
+    assert sorted(client._pump._free_buffers) == list(range(6))
 
 
 def test_a_pump_that_cannot_watch_its_process_starts_another(make_client, monkeypatch):

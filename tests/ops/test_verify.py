@@ -14,6 +14,7 @@ from prefixstore.testing.chains import FIELDS, FILE_BYTES, chain, store_chain
 from prefixstore.testing.clock import ManualClock
 from prefixstore.testing.faults import Fail, FaultyOs, When
 from prefixstore.tree.osfs import RealOs
+from prefixstore.tree.quarantine import Quarantine
 
 
 @pytest.fixture
@@ -86,6 +87,26 @@ def test_blobs_that_vanish_meanwhile_are_no_findings(store: PrefixStore) -> None
             store.remove(list(reversed(keys)))
 
     assert verify(store, progress=evict_the_rest).is_clean
+
+
+def test_a_blob_that_is_stored_anew_meanwhile_is_no_finding(
+    store: PrefixStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was damaged when it was read, and is sound when it is to be moved, stays and counts as sound."""
+    path = Path(store.root.layout.blob(str(store.namespace), chain("a", 20)[3]))
+    sound = path.read_bytes()
+    path.write_bytes(bytes(len(sound)))
+    take = Quarantine.take
+
+    def overtaken(*arguments: object) -> bool:
+        path.write_bytes(sound)
+        return take(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Quarantine, "take", overtaken)
+    report = verify(store, quarantine=True)
+
+    assert report.is_clean
+    assert path.read_bytes() == sound
 
 
 def test_wrong_arguments_are_refused(store: PrefixStore, tmp_path: Path) -> None:

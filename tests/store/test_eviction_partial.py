@@ -1,7 +1,10 @@
 """Eviction where the index and the tree disagree: half an index, files that are no blobs, failed scans."""
 
+import errno
 import os
+import random
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from prefixstore.ops.removal_chains import plan_chains
 from prefixstore.ops.repair import plan_repair
 from prefixstore.store import PrefixStore
 from prefixstore.store.hints import PARTIAL
+from prefixstore.store.reconcile import HIDDEN_MAX
 from prefixstore.testing.chains import (
     FILE_BYTES,
     chain,
@@ -24,6 +28,7 @@ from prefixstore.testing.chains import (
     store_chain,
 )
 from prefixstore.testing.clock import ManualClock
+from prefixstore.testing.faults import Call, Fail, FaultyOs, When
 from prefixstore.testing.hosts import HostOs, Server
 from prefixstore.tree.osfs import RealOs
 
@@ -52,6 +57,81 @@ def test_an_index_without_room_for_the_root_evicts_the_oldest_all_the_same(
     assert report.evicted_chunks == 20
     assert report.errors == (PARTIAL,)
     assert [sum(there(writer, keys)) for keys in chains] == [0] * 5 + [4] * 20
+
+
+def orphans(store: PrefixStore, chains: list[list[Key]]) -> int:
+    """Count the chunks that are there without the one before them."""
+    each = [there(store, keys) for keys in chains]
+    return sum(child and not parent for found in each for parent, child in pairwise(found))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_half_an_index_evicts_no_parent_of_a_chunk_that_it_has_forgotten(
+    open_store: OpenStore, seed: int
+) -> None:
+    """Conversations go on, and touches on disk are sampled: parents look older than what follows them."""
+    lot = random.Random(seed)
+    writer, chains = open_store(index=None), []
+    for number in range(60):
+        keys, used_s = chain(f"{seed}/{number}", 8), 1e9 + 60 * number
+        store_chain(writer, keys)
+        chains.append(keys)
+        for at, key in enumerate(keys):
+            used_s += lot.choice([0, 300, 900]) if at and not at % 2 else 0
+            os.utime(writer.root.layout.blob(str(writer.namespace), key), (used_s, used_s))
+    small = open_store(index=MemoryIndex(rows_max=120))
+    for _ in range(4):
+        report = small.evict(300 * FILE_BYTES)
+
+    assert report.short_bytes == 0, "it frees what it is to free all the same"
+    assert sum(sum(there(writer, keys)) for keys in chains) == 300
+    assert orphans(writer, chains) == 0
+
+
+def test_an_index_has_room_again_once_the_root_has_shrunk(open_store: OpenStore) -> None:
+    """That it once had to forget says nothing of what a later scan finds."""
+    writer = open_store(index=None)
+    for number in range(30):
+        store_chain(writer, chain(str(number), 2))
+    small = open_store(index=MemoryIndex(rows_max=50))
+
+    assert small.evict(20 * FILE_BYTES).errors == (PARTIAL,)
+    assert small.evict(20 * FILE_BYTES).errors == ()
+    assert small.stats().complete
+    assert len(select(small).chunks) == 20
+
+
+def test_an_index_that_was_whole_says_when_it_is_not_any_more(open_store: OpenStore) -> None:
+    """The root has outgrown it since."""
+    writer, small = open_store(index=None), open_store(index=MemoryIndex(rows_max=50))
+    store_chain(writer, chain("a", 40))
+    small.reconcile()
+    assert small.stats().complete
+    store_chain(writer, chain("b", 40))
+    small.reconcile()
+
+    assert not small.stats().complete
+
+
+def test_the_first_scan_of_an_index_without_room_for_the_root_ends(
+    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not taken for one that was cut short, over and over, for as long as the engine runs."""
+    monkeypatch.setattr("prefixstore.store.reconcile.CURSOR_DIRECTORIES", 1)
+    store_chain(open_store(index=None), chain("a", 100))
+    store = open_store(index=MemoryIndex(rows_max=40), config={"max_bytes": 1000 * FILE_BYTES})
+    store.reconcile()
+    reconcile, scans = store._evictor.reconcile, iter(range(3))
+
+    def counted(**arguments: object) -> object:
+        next(scans)
+        return reconcile(**arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store._evictor, "reconcile", counted)
+    store.work()
+
+    assert next(scans) == 1, "one scan, from the start to the end"
+    assert store.counters().get("background_failures", 0) == 0
 
 
 def test_no_plan_for_people_is_made_of_half_a_root(open_store: OpenStore) -> None:
@@ -91,6 +171,136 @@ def test_files_that_are_no_blobs_leave_the_quota_to_the_others(
     assert [outcome for outcome in outcomes if not outcome.published] == []
     blobs = list(Path(store.root.path).glob("ns/*/*/*/*.kv"))
     assert sum(path.stat().st_size for path in blobs) <= 20 * FILE_BYTES
+
+
+@pytest.mark.parametrize("age_s", [7200, 60], ids=["old", "young"])
+def test_torn_files_that_have_rows_take_no_room_twice(open_store: OpenStore, age_s: int) -> None:
+    """What the rows still say of them is not true any more; sound chunks must not go for that."""
+    store, bad = open_store(index=MemoryIndex()), chain("bad", 10)
+    good = [chain(str(number), 1)[0] for number in range(20)]
+    for number in range(20):
+        store_chain(store, chain(str(number), 1))
+    store_chain(store, bad)
+    store.reconcile()
+    now_s = store.server_now_s()
+    for key in good:
+        os.utime(store.root.layout.blob(str(store.namespace), key), (1e9, 1e9))
+    for key in bad:
+        path = Path(store.root.layout.blob(str(store.namespace), key))
+        path.write_bytes(b"")
+        os.utime(path, (now_s - age_s,) * 2)
+    report = store.evict(20 * FILE_BYTES)
+
+    assert report.evicted_chunks == 0
+    assert there(store, good) == [True] * 20
+    assert there(store, bad) == [age_s < 3600] * 10
+    rows = store.hints.get_many(str(store.namespace), bad)
+    assert [row is None for row in rows] == [age_s > 3600] * 10
+
+
+def test_an_eviction_after_its_dry_run_knows_what_the_scan_has_met(open_store: OpenStore) -> None:
+    """Files without a row take room then, too, and torn ones go."""
+    writer, torn, damaged = open_store(index=None), chain("torn", 5), chain("damaged", 5)
+    for keys in (torn, damaged, *(chain(str(number), 1) for number in range(20))):
+        store_chain(writer, keys)
+    for key in (*torn, *damaged):
+        path = Path(writer.root.layout.blob(str(writer.namespace), key))
+        path.write_bytes(bytes(FILE_BYTES if key in damaged else 4000))
+        os.utime(path, (1e9, 1e9))
+    tool = open_store(namespace=None)
+    planned = tool.evict(15 * FILE_BYTES, dry_run=True)
+    assert there(writer, torn) == [True] * 5, "a dry run removes nothing"
+    done = tool.evict(15 * FILE_BYTES, scan=False)
+
+    assert (planned.planned_chunks, done.evicted_chunks) == (12, 10)
+    assert (there(writer, torn), there(writer, damaged)) == ([False] * 5, [True] * 5)
+    blobs = list(Path(writer.root.path).glob("ns/*/*/*/*.kv"))
+    assert sum(path.stat().st_size for path in blobs) == 15 * FILE_BYTES
+
+
+def directory_of(store: PrefixStore, key: Key) -> str:
+    """Return the directory that a blob lies in."""
+    return str(Path(store.root.layout.blob(str(store.namespace), key)).parent)
+
+
+def failing(name: str, paths: set[str]) -> When:
+    """Say that one call fails for some paths, for ever: a bad disk."""
+
+    def is_one(call: Call) -> bool:
+        return call.path in paths
+
+    return When(fault=Fail(errno.EIO), name=name, matches=is_one, forever=True)
+
+
+def test_an_eviction_passes_over_a_directory_that_cannot_be_read(open_store: OpenStore) -> None:
+    """A fresh host must not leave a root full until somebody has mended a disk; it says what is wrong."""
+    writer, chains = open_store(index=None), [chain(str(number), 8) for number in range(10)]
+    for at, keys in enumerate(chains):
+        store_chain(writer, keys)
+        for key in keys:
+            os.utime(writer.root.layout.blob(str(writer.namespace), key), (1e9 + at,) * 2)
+    bad = directory_of(writer, chains[5][7])
+    store = open_store(index=None, os_calls=FaultyOs(RealOs(), failing("scan", {bad})))
+    report = store.evict(20 * FILE_BYTES)
+
+    assert len(report.errors) == 1
+    assert bad in report.errors[0]
+    assert [sum(there(writer, keys)) for keys in chains] == [0] * 5 + [1, 0, 4, 8, 8]
+    assert not store.stats().complete
+
+
+def test_what_is_known_of_a_directory_that_cannot_be_read_stays_known(
+    open_store: OpenStore,
+) -> None:
+    """That a disk fails is no word of what has gone."""
+    keys, disk = chain("a", 20), FaultyOs(RealOs())
+    store = open_store(index=None, os_calls=disk)
+    store_chain(store, keys)
+    store.reconcile()
+    bad = directory_of(store, keys[3])
+    # Its blobs cannot be looked at, either.
+    blobs = {store.root.layout.blob(str(store.namespace), key) for key in keys}
+    disk.plan = [failing("scan", {bad}), failing("stat", {b for b in blobs if b.startswith(bad)})]
+    report = store.reconcile()
+
+    assert (report.finished, report.cut_short, report.hidden, report.removed) == (
+        False,
+        False,
+        1,
+        0,
+    )
+    assert all(store.contains(keys))
+
+
+@pytest.mark.parametrize("call", ["scan", "open"])
+def test_a_host_that_can_read_little_evicts_nothing(open_store: OpenStore, call: str) -> None:
+    """Of what it cannot see any number of chunks may follow what it sees."""
+    writer, keys = open_store(index=None), chain("a", 80)
+    store_chain(writer, keys)
+    bad = {
+        directory_of(writer, key)
+        if call == "scan"
+        else writer.root.layout.blob(str(writer.namespace), key)
+        for key in keys[: 2 * HIDDEN_MAX]
+    }
+    store = open_store(index=None, os_calls=FaultyOs(RealOs(), failing(call, bad)))
+    report = store.evict(0)
+
+    assert report.errors
+    assert there(writer, keys) == [True] * 80
+
+
+def test_a_header_that_cannot_be_read_is_told(open_store: OpenStore) -> None:
+    """The chunk is not known, and somebody should hear why."""
+    writer, keys = open_store(index=None), chain("a", 8)
+    store_chain(writer, keys)
+    bad = writer.root.layout.blob(str(writer.namespace), keys[5])
+    store = open_store(index=None, os_calls=FaultyOs(RealOs(), failing("open", {bad})))
+    report = store.reconcile()
+
+    assert len(report.errors) == 1
+    assert "EIO" in report.errors[0]
+    assert (report.hidden, report.unindexed.total()) == (1, FILE_BYTES)
 
 
 class Late(HostOs):

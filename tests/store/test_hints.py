@@ -43,6 +43,7 @@ def test_every_question_survives_a_broken_index() -> None:
         (lambda hints: hints.totals(), {}),
         (lambda hints: hints.mark("complete"), None),
         (lambda hints: hints.set_mark("complete", "1"), None),
+        (lambda hints: hints.renew(), None),
         (lambda hints: hints.clear(), None),
     ]
     for ask, expected in questions:
@@ -53,6 +54,23 @@ def test_every_question_survives_a_broken_index() -> None:
 
         assert ask(hints) == expected
         assert (hints.failures, hints.kind) == (1, "MemoryIndex")
+
+
+def test_an_index_is_named_for_as_long_as_it_keeps_what_it_holds() -> None:
+    """Rows come and go; cleared, or replaced, it is another one."""
+    index = Breakable()
+    hints = Hints(index)
+    first = hints.generation()
+    hints.put_many(ENTRIES[:2])
+    hints.remove_many(NAMESPACE, KEYS[:1])
+    hints.renew()
+    assert hints.generation() == first
+
+    hints.clear()
+    second = hints.generation()
+    index.broken = True
+    assert len({first, second, hints.generation()}) == 3
+    assert hints.failures == 1
 
 
 def test_an_iteration_ends_early_when_the_index_breaks() -> None:

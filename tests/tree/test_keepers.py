@@ -390,6 +390,24 @@ def test_a_sound_blob_whose_name_is_taken_meanwhile_is_dropped(here):
     assert Quarantine(root, bytes_max=2**20).contents() == []
 
 
+@pytest.mark.parametrize("has_header", [True, False])
+def test_a_long_file_is_no_blob_by_its_first_page(here, has_header):
+    """Garbage can be as long as a disk is: it is not read into memory to be looked at."""
+    here.store(KEY)
+    with here.file_of(KEY).open("r+b") as file:
+        if not has_header:
+            file.truncate(0)
+        file.truncate(2**40)
+
+    class Frugal(QuickOs):
+        def read_into(self, fd, target, offset):
+            assert len(target) <= 4096
+            return super().read_into(fd, target, offset)
+
+    root = Root.open(here.path, os_calls=Frugal())
+    assert Quarantine(root, bytes_max=2**20).take(here.namespace, KEY, MissReason.TORN)
+
+
 def test_a_removed_quarantine_is_made_again(here):
     """An operator who empties it with ``rm -r`` must not leave damaged blobs in place for ever."""
     Path(here.root.layout.quarantine).rmdir()
