@@ -4,7 +4,7 @@
     ...                                               # it is loaded, and KV is computed with it
     digest = files.prove(digests)                     # after: every load in between read this content
 
-A **signature** is what the kernel says of each file, of the directory, and of the links on the way to it:
+A **signature** is what the kernel says of each file, of its directory, and of all links on the way to it:
 device, inode, size and times. The change time can be set by nobody, so files whose signature is the same
 twice held the same content in between, whoever loaded them meanwhile and how often. Nothing else does: a
 digest alone would not tell of files that were replaced and put back.
@@ -95,6 +95,7 @@ def _sign(directory: Path) -> Signature:
     entries = [
         *((link, link.lstat()) for link in links_to(directory)),
         (resolved, resolved.stat()),
+        *((link, link.lstat()) for path, _ in files for link in links_to(path)),
         *((path.resolve().parent, path.resolve().parent.stat()) for path, _ in files),
         *((path, path.lstat()) for path, _ in files),
         *files,

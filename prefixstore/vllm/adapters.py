@@ -49,6 +49,8 @@ WAITING_MAX = 256
 """Proofs that may wait: one takes a few opens. More wait only where the filesystem hangs."""
 FIRST_PROOF_S = 2.0
 """How long requests wait while the content of an adapter that was just loaded is read: some GB."""
+PROOF_PAUSE_S = 0.001
+"""Between two looks at proofs that are waited for."""
 CAPACITIES = frozenset({"max_loras", "max_cpu_loras", "default_mm_loras"})
 """Settings that decide how many adapters fit or which is taken, and nothing of what one computes."""
 
@@ -147,6 +149,11 @@ class Adapters:
             use.adapter.pass_by("a request has it loaded anew at every step (load_inplace)")
         return use if use.adapter.files is not None else None
 
+    def scheduled(self, request_id: str) -> None:
+        """Note that the next step of the workers computes for a request, if it has an adapter."""
+        if (use := self._uses.get(request_id)) is not None:
+            self._residency.used(use.adapter_id)
+
     def finish(self, request_id: str) -> None:
         """Note the end of a request, if it had an adapter."""
         if (use := self._uses.pop(request_id, None)) is not None:
@@ -169,14 +176,21 @@ class Adapters:
 
     def loaded(self, use: AdapterUse) -> None:
         """Note that the workers have loaded an adapter since it was mentioned."""
+        self._residency.used(use.adapter_id)
         if use.adapter.files is not None:
             use.stay.decided_by_s = self._clock.monotonic_s() + FIRST_PROOF_S
-            self._ask(_Proof(use, lambda _digest: None, deadline_s=0.0))
+            if not self._ask(_Proof(use, lambda _digest: None, deadline_s=0.0)):
+                use.stay.decided_by_s = 0.0
 
     def removed(self, adapter_id: int) -> None:
-        """Note that the workers have dropped an adapter; its id may come to name another."""
+        """Note that the workers have dropped an adapter; its id may come to name another.
+
+        Not while a request with it runs: at its next step the workers load it again, and what comes under
+        the same id would be computed with it for good.
+        """
         self._residency.end(adapter_id)
-        self._owners.pop(adapter_id, None)
+        if not any(use.adapter_id == adapter_id for use in self._uses.values()):
+            self._owners.pop(adapter_id, None)
 
     def pinned(self, adapter_id: int) -> None:
         """Note that an adapter stays in the workers' memory for good."""
@@ -222,8 +236,10 @@ class Adapters:
             then(None)
             return
         proof = _Proof(use, then, self._clock.monotonic_s() + patience_s)
-        self._waiting.append(proof)
-        self._ask(proof)
+        if self._ask(proof):
+            self._waiting.append(proof)
+        else:
+            then(None)
 
     def poll(self) -> None:
         """Tell of the proofs that have ended, and give up those that took too long."""
@@ -235,17 +251,33 @@ class Adapters:
         for proof in ended:
             proof.then(proof.digest if proof.is_done else None)
 
+    def give_up(self, patience_s: float) -> None:
+        """Hear of the proofs that end within ``patience_s``, and take all others for failed."""
+        end_s = self._clock.monotonic_s() + patience_s
+        self.poll()
+        while self._waiting and self._clock.monotonic_s() < end_s:
+            self._clock.sleep(PROOF_PAUSE_S)
+            self.poll()
+        waiting, self._waiting = self._waiting, []
+        for proof in waiting:
+            proof.then(None)
+
     def close(self) -> None:
         """End the thread once it has nothing to do; one that hangs is left behind."""
         self._asked.put(None)
 
-    def _ask(self, proof: _Proof) -> None:
+    def _ask(self, proof: _Proof) -> bool:
+        """Hand a proof to the proving thread; False if there is none now, for want of threads."""
         if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._answer, name="prefixstore-adapters", daemon=True
-            )
-            self._thread.start()
+            thread = threading.Thread(target=self._answer, name="prefixstore-adapters", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                logger.warning("cannot prove adapter %r: %s", proof.use.adapter.name, error)
+                return False
+            self._thread = thread
         self._asked.put(proof)
+        return True
 
     # On the proving thread.
 

@@ -10,7 +10,7 @@ from typing import Literal
 from prefixstore.keys import kv_group
 from prefixstore.vllm import metrics
 from prefixstore.vllm.lookups import Budget, RequestLookup
-from prefixstore.vllm.worth import LoadWorth, PrefillMeter
+from prefixstore.vllm.worth import LoadMeter, LoadWorth, PrefillMeter
 
 __all__ = ["Admission"]
 
@@ -27,7 +27,7 @@ class Admission:
 
     Attributes:
         prefill: Measures how fast prompts are computed; told of the engine's steps.
-        loads: Measures how fast chunks are loaded.
+        loads: Measures how fast chunks are loaded; told of each load.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Admission:
         self._observed = observed
         self.prefill = PrefillMeter()
         self._worth = LoadWorth(prefill=self.prefill.rate)
-        self.loads = self._worth.loads
+        self.loads = LoadMeter(self._worth.loads)
         self._waits_since_s: dict[str, float] = {}
 
     @property
@@ -69,7 +69,7 @@ class Admission:
                 lookup.decide(())
                 self._observed.count(metrics.DECLINED_HITS, "slower", by=len(wanted))
                 return
-        fitting = wanted[: max(0, self._budget.slots - lookup.hits)]
+        fitting = lookup.wanted(most=max(0, self._budget.slots - lookup.hits))
         since_s = self._waits_since_s.setdefault(request_id, now_s)
         if fitting and not self._budget.reserve(request_id, len(fitting)):
             if now_s - since_s <= PATIENCE_S:

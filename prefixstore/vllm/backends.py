@@ -13,9 +13,10 @@ from vllm.platforms import current_platform
 
 from prefixstore.errors import InvalidError
 from prefixstore.vllm.layout import SlotLayout
+from prefixstore.vllm.machine import name_shared_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
     from vllm.config import VllmConfig
@@ -34,7 +35,9 @@ class WorkerAccount(KVConnectorHandshakeMetadata):
         backends: What computes and packs KV: one line for each distinct kind of layer.
         runner: The model runner's version.
         device: The platform, the kind of device, and which of the FP8 formats is meant there: ROCm calls its
-            devices CUDA's, and some of them bias FP8 otherwise under the same name of a cache's dtype.
+            devices CUDA's, and some of them bias FP8 otherwise under the same name of a cache's dtype. Of
+            a quantised model its compute capability too: it decides to what precision kernels compute.
+        shared_memory: Tells the /dev/shm that it maps from every other, and no part of the namespace.
     """
 
     rank: int
@@ -43,6 +46,7 @@ class WorkerAccount(KVConnectorHandshakeMetadata):
     backends: tuple[str, ...]
     runner: str
     device: str
+    shared_memory: str = ""
 
 
 def describe_worker(
@@ -59,16 +63,24 @@ def describe_worker(
         element_bytes=tensor.element_size(),
         backends=tuple(sorted(backends)),
         runner="v2" if config.use_v2_model_runner else "v1",
-        device=f"{current_platform.device_name}:{tensor.device.type}:{current_platform.fp8_dtype()}",
+        device=":".join(_describe_device(config, tensor)),
+        shared_memory=name_shared_memory(),
     )
+
+
+def _describe_device(config: "VllmConfig", tensor: "torch.Tensor") -> "Iterator[str]":
+    yield current_platform.device_name
+    yield tensor.device.type
+    yield str(current_platform.fp8_dtype())
+    if config.quant_config is not None:
+        capability = current_platform.get_device_capability()
+        yield capability.as_version_str() if capability is not None else "-"
 
 
 def _describe_layer(layer: Any, cache: Any) -> str:
     """Name what computes one layer's KV and the form it has in memory, less the number of blocks."""
     tensors = cache if isinstance(cache, list | tuple) else [cache]
-    forms = [
-        f"{tensor.dtype}{list(tensor.shape[1:])}/{list(tensor.stride()[1:])}" for tensor in tensors
-    ]
+    forms = [f"{tensor.dtype}{list(tensor.shape[1:])}/{_strides(tensor)}" for tensor in tensors]
     backend = getattr(layer, "attn_backend", None)
     parts = [
         type(layer).__qualname__,
@@ -79,6 +91,12 @@ def _describe_layer(layer: Any, cache: Any) -> str:
         *forms,
     ]
     return " ".join(parts)
+
+
+def _strides(tensor: Any) -> list[object]:
+    """Return the strides inside a block; one that goes over all blocks (a layout with heads first) by name."""
+    blocks = tensor.shape[0] * tensor.stride(0)
+    return ["blocks" if stride == blocks else stride for stride in tensor.stride()[1:]]
 
 
 def join_accounts(accounts: "Sequence[WorkerAccount]") -> "Mapping[str, object]":

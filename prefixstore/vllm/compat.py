@@ -8,7 +8,7 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 __all__ = [
     "SEAMS",
     "check_version",
+    "find_loader",
     "forget_blocks",
     "missing_seams",
     "register_name",
+    "registered_architecture",
     "release_region",
     "request_keys",
     "set_retention",
@@ -85,6 +87,24 @@ def register_name(name: str, module: str) -> None:
     """Let vLLM find our connector by its name alone, as ``MultiConnector`` does for statistics."""
     if name not in KVConnectorFactory._registry:  # noqa: SLF001 - registering twice raises
         KVConnectorFactory.register_connector(name, module, name)
+
+
+def find_loader(load_format: str) -> type | None:
+    """Return the class that loads weights of a format: a plug-in may have put its own in the place of vLLM's."""
+    from vllm.model_executor import model_loader
+
+    loaders: dict[str, type] = getattr(model_loader, "_LOAD_FORMAT_TO_MODEL_LOADER", {})
+    return loaders.get(load_format)
+
+
+def registered_architecture(model: Any) -> str:
+    """Return the name under which the class of a model's architecture is registered.
+
+    A classifier that is made of a model for generation goes by a name of its own.
+    """
+    normalize = getattr(model.registry, "_normalize_arch", None)
+    name: str = model.architecture if normalize is None else normalize(model.architecture, model)
+    return name
 
 
 def request_keys(context: ReqContext, *, start: int = 0) -> Iterator[tuple[Key, int]]:

@@ -12,6 +12,7 @@ turns it off when the weights may have changed, and tells it of adapters.
 """
 
 import copy
+import functools
 import logging
 import os
 import threading
@@ -24,6 +25,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
+    OffloadingWorkerMetadata,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
@@ -39,8 +43,9 @@ from prefixstore.vllm.engine_calls import listen_to_engine
 from prefixstore.vllm.fingerprint import scheduler_fields
 from prefixstore.vllm.guard import guarded
 from prefixstore.vllm.layout import join_workers
-from prefixstore.vllm.options import MachineMemory, expand
-from prefixstore.vllm.shapes import check_shape, keep_windows, name_unseen
+from prefixstore.vllm.machine import machine_memory, name_shared_memory
+from prefixstore.vllm.options import expand
+from prefixstore.vllm.shapes import check_shape, describe_reaches, keep_windows, name_unseen
 from prefixstore.vllm.spec import PrefixStoreSpec
 from prefixstore.vllm.tier import PrefixStoreTier
 from prefixstore.vllm.weights import WeightDigests
@@ -64,7 +69,6 @@ __all__ = ["PrefixStoreConnector"]
 logger = logging.getLogger("prefixstore")
 
 CLOCK = SystemClock()
-SHARED_MEMORY = "/dev/shm"  # noqa: S108 - where vLLM puts the CPU tier
 
 
 def _nothing() -> None:
@@ -126,6 +130,8 @@ class PrefixStoreConnector(OffloadingConnector):
         self._account: WorkerAccount | None = None
         self.namespace_fields: Fields | None = None
         self._tier = _find_tier(self) if role is KVConnectorRole.SCHEDULER else None
+        if self._tier is not None:
+            self._tier.reaches = describe_reaches(vllm_config, kv_cache_config)
         self._accounted: dict[str, int] = {}  # Request → tokens that it has from vLLM and from us.
         self._preemptions: dict[str, int] = {}  # Request → its preemptions when last asked about.
         self._adapters: Adapters | None = None
@@ -165,6 +171,13 @@ class PrefixStoreConnector(OffloadingConnector):
         )
 
     @override
+    def build_connector_worker_meta(self) -> OffloadingWorkerMetadata | None:
+        # Without any the output of a step that computes nothing is dropped on its way, and the scheduler's
+        # process would not hear of the end of each step that it began.
+        meta = super().build_connector_worker_meta()
+        return OffloadingWorkerMetadata() if meta is None and self._tier is None else meta
+
+    @override
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return self._account
 
@@ -185,6 +198,14 @@ class PrefixStoreConnector(OffloadingConnector):
                 f"{len(accounts)} of {world} workers said what their KV looks like. Under "
                 "MultiConnector the first connector with a handshake of its own takes ours: such a "
                 "connector cannot be used beside prefixstore"
+            )
+            return
+        if any(account.shared_memory != name_shared_memory() for account in accounts):
+            # Each would map a file of its own by the same name, and a chunk lack its workers' shares.
+            self._turn_off(
+                "a worker runs on another host, or in a container with a /dev/shm of its own, and the "
+                "CPU tier is shared memory of one host. Run the workers of an engine where the engine "
+                "runs, or use mode=direct"
             )
             return
         # Identifying weights reads them once if they are new here: not on the engine's way up.
@@ -253,10 +274,14 @@ class PrefixStoreConnector(OffloadingConnector):
     @guarded(_nothing_to_tell)
     def adapter_loading(self, lora: "LoRARequest") -> Callable[[], None]:
         """Take note that workers are told to load an adapter; returns what to call once they have."""
-        if (adapters := self._adapters) is None:
+        if self._adapters is None:
             return _nothing
-        use = adapters.mention(lora)
-        return lambda: adapters.loaded(use)
+        return functools.partial(self._adapter_loaded, self._adapters.mention(lora))
+
+    @guarded(lambda: None)
+    def _adapter_loaded(self, use: AdapterUse) -> None:
+        if self._adapters is not None:
+            self._adapters.loaded(use)
 
     @guarded(lambda: None)
     def adapter_removed(self, adapter_id: int) -> None:
@@ -330,13 +355,13 @@ class PrefixStoreConnector(OffloadingConnector):
                 now_s=CLOCK.monotonic_s(),
             )
         for request in scheduler_output.scheduled_new_reqs:
-            self._check_origin(request.req_id, request.num_computed_tokens)
+            self._begin_request(request.req_id, request.num_computed_tokens)
             if self._tier is not None and request.mm_features:
                 self._tier.bypass(request.req_id)  # A session's later input may bring a picture.
         cached = scheduler_output.scheduled_cached_reqs
         for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
             if request_id in cached.resumed_req_ids:
-                self._check_origin(request_id, computed)
+                self._begin_request(request_id, computed)
         for request_id in scheduler_output.finished_req_ids:
             self._accounted.pop(request_id, None)
             self._preemptions.pop(request_id, None)
@@ -344,6 +369,12 @@ class PrefixStoreConnector(OffloadingConnector):
             self._boundaries.end_step(scheduled)
             for request_id in scheduler_output.finished_req_ids:
                 self._boundaries.forget(request_id)
+
+    def _begin_request(self, request_id: str, computed_tokens: int) -> None:
+        """Take note that the step computes for a request, for the first time or again."""
+        if self._tier is not None:
+            self._tier.scheduled(request_id)
+        self._check_origin(request_id, computed_tokens)
 
     def _check_origin(self, request_id: str, computed_tokens: int) -> None:
         """Turn the store off when KV came from elsewhere, as from another connector beside this one.
@@ -366,14 +397,14 @@ class PrefixStoreConnector(OffloadingConnector):
 
     @override
     def reset_cache(self) -> bool | None:
-        result = super().reset_cache()
         # vLLM calls this when weights were updated or the engine slept, and keeps lower tiers on
-        # purpose. What the model computes from now on may belong to another namespace.
+        # purpose. What the model computes from now on may belong to another namespace, whatever becomes of
+        # the reset.
         self._turn_off(
             "the engine's cache was reset, as after a weight update: what the store holds may be "
             "of other weights. Restart the engine to use the store again"
         )
-        return result
+        return super().reset_cache()
 
     # In the API server's process.
 
@@ -416,16 +447,19 @@ def _expand_options(config: "VllmConfig") -> None:
     transfer = config.kv_transfer_config
     assert transfer is not None, "vLLM builds a connector from it"
     transfer.kv_connector_extra_config = expand(
-        transfer.kv_connector_extra_config, machine=_machine_memory()
+        transfer.kv_connector_extra_config, machine=machine_memory()
     )
 
 
 def _shares_prefixes(config: "VllmConfig") -> bool:
-    """Whether windows and states inside a prompt are wanted; after the options were expanded."""
+    """Whether windows and states inside a prompt are wanted; after the options were expanded.
+
+    Not with speculative decoding, where the store is off: shorter steps would bring nothing.
+    """
     transfer = config.kv_transfer_config
     assert transfer is not None, "vLLM builds a connector from it"
     (tier,) = transfer.kv_connector_extra_config["secondary_tiers"]
-    return bool(tier.get("shared_prefixes", True))
+    return bool(tier.get("shared_prefixes", True)) and config.speculative_config is None
 
 
 def _reads_in_full(config: "VllmConfig") -> bool:
@@ -451,14 +485,6 @@ def _share_engine_log() -> None:
         ours.handlers = list(engine.handlers)
         ours.setLevel(engine.getEffectiveLevel())
         ours.propagate = False
-
-
-def _machine_memory() -> MachineMemory:
-    shared = os.statvfs(SHARED_MEMORY)
-    return MachineMemory(
-        total_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        shared_bytes=shared.f_frsize * shared.f_blocks,
-    )
 
 
 def _find_tier(connector: OffloadingConnector) -> PrefixStoreTier:

@@ -9,6 +9,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ READING_CALLS = frozenset(
         "get_model_inspection",
         "list_loras",
         "profile",
+        "release_late_interaction_query_cache",
         "synchronize_device",
         "update_max_model_len",
     }
@@ -122,7 +124,13 @@ def _tell_pinned(lora_id: int) -> None:
 
 
 def _tell_called(method: object, *_args: Any, **_kwargs: Any) -> None:
-    if method not in READING_CALLS:
-        name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
+    match method:
+        case str():
+            name = method
+        case FunctionType():
+            name = method.__qualname__
+        case _:  # Anything that can be called; nothing of it is asked for that could fail.
+            name = type(method).__qualname__
+    if not isinstance(method, str) or method not in READING_CALLS:
         for listener in list(_listeners):
-            listener.workers_called(str(name))
+            listener.workers_called(name)

@@ -12,18 +12,21 @@ not read (batch sizes, memory, ports, compilation: they choose how KV is compute
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from vllm import envs
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import resolve_none_hash_seed
-from vllm.version import __version_tuple__
+from vllm.version import __version__ as version
 
 from prefixstore.errors import InvalidError
 from prefixstore.keys import Fields
+from prefixstore.vllm.compat import registered_architecture
+from prefixstore.vllm.foreign_code import digest_code
 from prefixstore.vllm.model_code import ModelCode, find_code
+from prefixstore.vllm.refusals import refuse_loading, refuse_moving_code, refuse_unknowable
 from prefixstore.vllm.weights import (
-    COMMIT,
     WeightDigests,
     WeightSource,
     identify_weights,
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEME", "bare_fields", "scheduler_fields"]
 
-SCHEME = 3
+SCHEME = 4
 """Version of this very recipe: it changes when a field is added or its meaning changes, so that
 namespaces made by different recipes never meet."""
 
@@ -45,32 +48,46 @@ HARMLESS_CONFIG_FIELDS = frozenset(
     {
         "_name_or_path",
         "architectures",  # the resolved class is a field of its own
-        "bos_token_id",
         "dtype",  # the resolved dtype is a field of its own
-        "eos_token_id",
         "id2label",
         "label2id",
         "max_model_len",  # some models copy the engine's limit here; it is a field of its own
-        "pad_token_id",
         "torch_dtype",
         "transformers_version",
         "use_cache",
     }
 )
-"""Fields of a Hugging Face config that cannot change KV: names, token ids used after sampling."""
+"""Fields of a Hugging Face config that cannot change KV: names, and what has a field of its own."""
+
+TOKEN_IDS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
+"""Used after sampling, but by few models: harmless where a model's code does not read them."""
 
 HARMLESS_MULTIMODAL_FIELDS = frozenset(
     {
+        "allow_missing_mm_embeddings",
+        "enable_mm_embeds",
+        "interleave_mm_strings",
+        "language_model_only",
         "limit_per_prompt",
+        "media_io_kwargs",
+        "mm_device_do_normalize",
+        "mm_encoder_attn_backend",
+        "mm_encoder_attn_dtype",
+        "mm_encoder_fp8_scale_path",
+        "mm_encoder_fp8_scale_save_margin",
+        "mm_encoder_fp8_scale_save_path",
+        "mm_encoder_tp_mode",
+        "mm_hasher_algorithm",
         "mm_ipc_gpu_memory_gb",
         "mm_processor_cache_gb",
         "mm_processor_cache_type",
+        "mm_processor_kwargs",
         "mm_shm_cache_max_object_size_mb",
         "mm_tensor_ipc",
         "skip_mm_profiling",
     }
 )
-"""Limits and memory of the multimodal front end."""
+"""How pictures and sound are read, encoded and bounded: requests with any pass the store by."""
 
 ROPE_TYPES_WITHOUT_LENGTH = frozenset(
     {
@@ -91,42 +108,42 @@ ROPE_TYPES_WITHOUT_LENGTH = frozenset(
 ``longrope`` takes one of two sets of factors by it (vllm/.../phi3_long_rope_scaled_rope.py), the dynamic
 kinds scale by it; a kind that is not here is believed to."""
 
-LOAD_FORMATS = frozenset(
-    {
-        "auto",
-        "bitsandbytes",
-        "fastsafetensors",
-        "gguf",
-        "hf",
-        "instanttensor",
-        "mistral",
-        "npcache",
-        "pt",
-        "runai_streamer",
-        "safetensors",
-        "sharded_state",
-    }
-)
-"""Ways of loading that read the files of the model's own directory, and no others."""
-
-
 PRECISION_SETTINGS = (
     "VLLM_B12X_MOE_FP4_FORCE_A16",
+    "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER",
     "VLLM_CPU_INT4_W4A8",
     "VLLM_DEEPEPLL_NVFP4_DISPATCH",
+    "VLLM_DISABLED_KERNELS",
     "VLLM_FLASHINFER_MOE_A2A_LOW_PRECISION_COMBINE",
     "VLLM_FLOAT32_MATMUL_PRECISION",
     "VLLM_HUMMING_INPUT_QUANT_CONFIG",
     "VLLM_HUMMING_ONLINE_QUANT_CONFIG",
     "VLLM_HUMMING_USE_F16_ACCUM",
     "VLLM_MARLIN_INPUT_DTYPE",
+    "VLLM_MOE_ROUTING_SIMULATION_STRATEGY",
+    "VLLM_MOE_USE_DEEP_GEMM",
+    "VLLM_ROCM_FP8_MFMA_PAGE_ATTN",
+    "VLLM_ROCM_QUICK_REDUCE_CAST_BF16_TO_FP16",
     "VLLM_ROCM_QUICK_REDUCE_QUANTIZATION",
+    "VLLM_ROCM_QUICK_REDUCE_QUANTIZATION_MIN_SIZE_KB",
     "VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT",
+    "VLLM_ROCM_USE_AITER",
+    "VLLM_ROCM_USE_AITER_FP4BMM",
+    "VLLM_ROCM_USE_AITER_FP8BMM",
+    "VLLM_ROCM_USE_AITER_MOE",
+    "VLLM_ROCM_USE_AITER_MOE_A4W4_DSV4",
+    "VLLM_ROCM_USE_AITER_MOE_SITUV2",
     "VLLM_SSM_CONV_STATE_LAYOUT",
+    "VLLM_USE_DEEP_GEMM",
+    "VLLM_USE_DEEP_GEMM_E8M0",
     "VLLM_XPU_INC_WNA16_BACKEND",
 )
-"""Settings of vLLM's environment that quantise what is computed, or lay out a page, without a trace in its
-config. Those that only choose among equals of one precision are left out."""
+"""Settings of vLLM's environment that quantise what is computed, choose among kernels that quantise
+differently, or lay out a page, without a trace in its config. Those that only choose among equals of one
+precision are left out."""
+
+UNDECLARED_SETTINGS = ("FLA_TRIL_PRECISION", "FLA_USE_FAST_OPS")
+"""Such settings that vLLM reads without declaring them (third_party/flash_linear_attention/ops)."""
 
 
 def scheduler_fields(
@@ -148,27 +165,30 @@ def scheduler_fields(
     Raises:
         InvalidError: Something that decides KV cannot be established.
     """
-    _refuse_unknowable(config)
+    model = config.model_config
+    code = find_code(registered_architecture(model))
+    since_s = loaded_since_s or process_start_s()
+    refuse_unknowable(config, caches)
+    refuse_moving_code(model, code)
     return {
         "scheme": SCHEME,
-        # What the kernels put where inside a page is theirs to change with any minor version.
-        "engine": "vllm " + ".".join(str(part) for part in __version_tuple__[:2]),
+        # The code of models, and what the kernels put where inside a page: theirs to change with any version.
+        "engine": f"vllm {version}",
         "loading": _loading(config.load_config),
         "hash": _hash_scheme(config.cache_config.prefix_caching_hash_algo),
-        **_model_fields(config),
+        **_model_fields(config, code),
         **_cache_fields(config, caches),
+        "libraries": _libraries(config, code, digests=digests, loaded_since_s=since_s),
         # Last, since it may read all of the weights.
         "weights": identify_weights(
-            _weight_source(config, loaded_since_s=loaded_since_s or process_start_s()),
-            digests=digests,
+            _weight_source(config, code, loaded_since_s=since_s), digests=digests
         ),
     }
 
 
-def _model_fields(config: "VllmConfig") -> Mapping[str, object]:
+def _model_fields(config: "VllmConfig", code: ModelCode) -> Mapping[str, object]:
     """Return what decides the KV that the model computes, but for its weights."""
     model = config.model_config
-    code = find_code(model.architecture)
     return {
         "architecture": model.architecture,
         "code": {
@@ -186,11 +206,10 @@ def _model_fields(config: "VllmConfig") -> Mapping[str, object]:
         },
         "quantization": _plain(model.quantization),
         "quantization_config": _plain(getattr(model, "quantization_config", None)),
-        "model_config": _model_config(model.hf_config),
-        "text_config": _text_config(model),
-        "max_model_len": model.max_model_len if _needs_length(model, code) else None,
+        "model_config": _model_config(model.hf_config, code),
+        "text_config": _text_config(model, code),
+        "max_model_len": _length(model) if _needs_length(model, code) else None,
         "generation_config": _generation_config(model) if code.reads_generation else None,
-        # How a picture becomes tokens; a block hash knows the picture.
         "multimodal": _multimodal(getattr(model, "multimodal_config", None)),
         "dtype": _plain(model.dtype),
         # What is asked for; the backend that came of it is in the workers' account.
@@ -201,7 +220,10 @@ def _model_fields(config: "VllmConfig") -> Mapping[str, object]:
             "linear_backend_per_quant",
             "moe_backend",
         ),
-        "precision": _named(envs, *PRECISION_SETTINGS),
+        "precision": {
+            **_named(envs, *PRECISION_SETTINGS),
+            **{name: os.environ.get(name) for name in UNDECLARED_SETTINGS},
+        },
         # For plug-ins of other platforms, which may do anything by it.
         "additional_config": _plain(getattr(config, "additional_config", None)),
     }
@@ -230,7 +252,7 @@ def _cache_fields(config: "VllmConfig", caches: "KVCacheConfig") -> Mapping[str,
         },
         "chunks": {
             "tokens_per_hash": _plain(caches.hash_block_size),
-            "blocks_per_chunk": _plain(_option(config, "blocks_per_chunk")),
+            "blocks_per_chunk": _plain(_option(config, "blocks_per_chunk") or 1),
             "block_size": _plain(_option(config, "block_size")),
         },
         "topology": {
@@ -270,57 +292,43 @@ def bare_fields(explicit: str | None, config: "OffloadingConfig") -> Fields:
     }
 
 
-def _refuse_unknowable(config: "VllmConfig") -> None:
-    """Raise for settings with which equal fields do not mean equal KV."""
-    if getattr(config.cache_config, "calculate_kv_scales", False):
-        raise InvalidError(
-            "KV scales are computed from the first requests (calculate_kv_scales), so equal tokens "
-            "do not give equal KV: use a checkpoint with KV scales, or another kv_cache_dtype"
+def _libraries(
+    config: "VllmConfig", code: ModelCode, *, digests: WeightDigests, loaded_since_s: float
+) -> Mapping[str, object]:
+    """Name the code that computes KV and is none of vLLM's."""
+    quantizing = type(config.quant_config).__module__ if config.quant_config is not None else ""
+    outside: dict[str, str] = {
+        part: digest_code(module, digests=digests, loaded_since_s=loaded_since_s)
+        for part, module, is_vllms in (
+            ("model", code.module, code.is_vllms),
+            ("quantization", quantizing, not quantizing or quantizing.startswith("vllm.")),
         )
-    if config.speculative_config is not None:
-        raise InvalidError(
-            "speculative decoding changes which blocks are final and was never tried with "
-            "prefixstore: run without it, or without prefixstore"
+        if not is_vllms
+    }
+    if code.is_transformers or outside:
+        release = metadata.version("transformers")
+        outside["transformers"] = (
+            release
+            if "dev" not in release  # A name that all of its builds have.
+            else digest_code("transformers", digests=digests, loaded_since_s=loaded_since_s)
         )
-    attention = getattr(config, "attention_config", None)
-    if getattr(config, "diffusion_config", None) or getattr(attention, "use_non_causal", False):
-        raise InvalidError(
-            "a model that computes tokens by diffusion or without causal attention has KV that depends "
-            "on what comes after it, which block hashes do not tell: run it without prefixstore"
-        )
-    if getattr(config, "weight_transfer_config", None) is not None:
-        raise InvalidError(
-            "weight_transfer_config lets a trainer replace the weights while the engine runs, and "
-            "nothing names the new ones: run without it, or without prefixstore"
-        )
+    return outside
 
 
-def _weight_source(config: "VllmConfig", *, loaded_since_s: float) -> WeightSource:
+def _weight_source(config: "VllmConfig", code: ModelCode, *, loaded_since_s: float) -> WeightSource:
     model = config.model_config
     if (uri := getattr(model, "model_weights", "")) and uri != model.model:
         raise InvalidError(
             f"the weights come from {uri!r}, and no local file or commit names them: serve a local "
             "directory, or a model of the hub with --revision COMMIT"
         )
-    runs_code = bool(model.trust_remote_code)
-    auto_map = getattr(model.hf_config, "auto_map", None) or {}
-    borrowed = sorted({str(name) for name in auto_map.values() if "--" in str(name)})
-    if (
-        runs_code
-        and borrowed
-        and model.architecture.startswith("Transformers")
-        and not COMMIT.fullmatch(model.code_revision or "")
-    ):
-        raise InvalidError(
-            f"the model runs code of another repository ({borrowed[0]}), whose branch may move: "
-            "name a full commit with --code-revision"
-        )
     return WeightSource(
         model=model.model,
         revision=model.revision,
         config_commit=getattr(model.hf_config, "_commit_hash", None),
         hub_cache=config.load_config.download_dir,
-        runs_code=runs_code,
+        runs_code=bool(model.trust_remote_code),
+        reads_folders=code.reads_folders,
         loaded_since_s=loaded_since_s,
     )
 
@@ -329,19 +337,9 @@ def _loading(load: Any) -> Mapping[str, object]:
     """Name how the weights' files become weights.
 
     Raises:
-        InvalidError: They do not, or other files do: the weights are drawn at random or come from
-            elsewhere.
+        InvalidError: They do not, or other files do.
     """
-    if load.load_format == "dummy":
-        raise InvalidError(
-            "load_format=dummy draws weights at random, so no other engine has the same: load real "
-            "weights, or run without prefixstore"
-        )
-    if load.load_format not in LOAD_FORMATS:
-        raise InvalidError(
-            f"load_format={load.load_format} may read weights from outside the model's directory, "
-            "where nothing identifies them: use load_format=auto, or run without prefixstore"
-        )
+    refuse_loading(load)
     return {
         "format": _plain(load.load_format),
         "extra_config": _plain(load.model_loader_extra_config),
@@ -349,9 +347,19 @@ def _loading(load: Any) -> Mapping[str, object]:
     }
 
 
+def _length(model: Any) -> object:
+    """Return the length of a context as the model and its runner know it.
+
+    With ``--max-model-len auto`` the model is built with its config's own, and then told of the memory's.
+    """
+    is_auto = getattr(model, "original_max_model_len", None) == -1
+    return {"auto": model.max_model_len} if is_auto else model.max_model_len
+
+
 def _needs_length(model: Any, code: ModelCode) -> bool:
     """Whether ``max_model_len`` decides KV and is not only a limit."""
-    kinds = {*_rope_types(_model_config(model.hf_config)), *_rope_types(_text_config(model) or {})}
+    whole, text = _model_config(model.hf_config, code), _text_config(model, code)
+    kinds = {*_rope_types(whole), *_rope_types(text or {})}
     return code.reads_length or not kinds <= ROPE_TYPES_WITHOUT_LENGTH
 
 
@@ -372,10 +380,10 @@ def _generation_config(model: Any) -> object:
     return _plain({**model.try_get_generation_config(), **model.override_generation_config})
 
 
-def _text_config(model: Any) -> Mapping[str, object] | None:
+def _text_config(model: Any, code: ModelCode) -> Mapping[str, object] | None:
     """Return the text part's config where it is an object of its own; None where it is the whole."""
     text = getattr(model, "hf_text_config", model.hf_config)
-    return None if text is model.hf_config else _model_config(text)
+    return None if text is model.hf_config else _model_config(text, code)
 
 
 def _multimodal(config: Any) -> object:
@@ -411,12 +419,9 @@ def _hash_scheme(algorithm: str) -> Mapping[str, object]:
     }
 
 
-def _model_config(config: Any) -> Mapping[str, object]:
-    fields = {
-        name: value
-        for name, value in config.to_dict().items()
-        if name not in HARMLESS_CONFIG_FIELDS
-    }
+def _model_config(config: Any, code: ModelCode) -> Mapping[str, object]:
+    harmless = HARMLESS_CONFIG_FIELDS | (frozenset() if code.reads_token_ids else TOKEN_IDS)
+    fields = {name: value for name, value in config.to_dict().items() if name not in harmless}
     plain = _plain(fields)
     assert isinstance(plain, dict), "to_dict gives a dict"
     return plain
@@ -449,7 +454,7 @@ def _plain(value: Any) -> object:
             plain = _plain(dataclasses.asdict(value))
         case _:
             plain = str(value)
-            if " object at 0x" in plain:
+            if " at 0x" in plain:
                 raise InvalidError(
                     "a part of the model's config has no stable text "
                     f"({type(value).__name__}), so two engines cannot be compared by it"

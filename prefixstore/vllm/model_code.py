@@ -4,8 +4,12 @@ Most models compute the same KV whatever the engine's limits are. A few read one
 temperature on by ``max_model_len`` and by its generation config. Which do is asked of the source of the
 very version that runs, with all model code that it imports; a model whose source is not at hand counts
 as one that reads them.
+
+The same source tells whether token ids of the config go into KV (n-gram models cut their hashes at the end
+of a text), and whether weights are read from directories inside the model's.
 """
 
+import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +27,11 @@ PACKAGE = Path(registry.__file__).parents[2]
 MODEL_PACKAGES = ("vllm.model_executor.models.", "vllm.models.")
 """Where vLLM keeps models; imports from elsewhere are layers, whose choices are fields of their own."""
 
-IMPORT = re.compile(r"^\s*from\s+(\.*[\w.]*)\s+import\s", re.MULTILINE)
+TRANSFORMERS_BACKEND = "vllm.model_executor.models.transformers"
+"""vLLM's frame around models whose code is the Transformers library's, or comes with the weights."""
+
+IMPORT = re.compile(r"^\s*from\s+(\.*[\w.]*)\s+import\s+(\([^)]*\)|[^\n]*)", re.MULTILINE)
+NAME = re.compile(r"\w+")
 MODULES_MAX = 200
 """A model imports a dozen others; more is no model of vLLM's."""
 
@@ -39,8 +47,16 @@ HARMLESS_READS = {
 """Lines that read a setting and cannot change KV, by module: they size the sparse indexer's buffers. By
 their very text, so that a version which reads it elsewhere as well is believed to need it."""
 
-LENGTH = "max_model_len"
-GENERATION = "generation_config"
+ENCODER_SIZES = frozenset({"get_encoder_cudagraph_budget_range", "get_max_frames_per_video"})
+"""Functions that say how large the graphs of a picture's encoder get; what they read changes no KV."""
+
+LENGTH = re.compile(r"max_model_len")
+GENERATION = re.compile(r"generation_config")
+TOKEN_IDS = re.compile(r"(?<!tokenizer\.)\b(?:bos|eos|pad)_token_id\b")
+"""A tokenizer's own ids make prompts, whose tokens are in the keys."""
+FOLDERS = re.compile(
+    r"""\ballow_patterns_overrides\s*=\s*\[(?:\s*["'][^"'/]*["'],)*\s*["'][^"'/]*/|\bsubfolder\s*="""
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +64,30 @@ class ModelCode:
     """One model's code.
 
     Attributes:
+        module: Where its class is; empty if nobody registered one.
         name: The class, with its module: an out-of-tree model may bear the name of one of vLLM's.
         reads_length: Whether it may read ``max_model_len``.
         reads_generation: Whether it may read the generation config.
+        reads_token_ids: Whether it may compute with token ids of the model's config.
+        reads_folders: Whether it may read weights from directories inside the model's.
     """
 
+    module: str
     name: str
     reads_length: bool
     reads_generation: bool
+    reads_token_ids: bool
+    reads_folders: bool
+
+    @property
+    def is_vllms(self) -> bool:
+        """Whether vLLM's version tells what the code is."""
+        return self.module.startswith("vllm.")
+
+    @property
+    def is_transformers(self) -> bool:
+        """Whether the code is the Transformers library's, or the model's own, in vLLM's frame."""
+        return self.module.startswith(TRANSFORMERS_BACKEND)
 
 
 def find_code(architecture: str) -> ModelCode:
@@ -65,36 +97,67 @@ def find_code(architecture: str) -> ModelCode:
     module = str(getattr(entry, "module_name", None) or getattr(model_class, "__module__", ""))
     name = getattr(entry, "class_name", None) or getattr(model_class, "__qualname__", architecture)
     sources = list(_sources(module)) if module.startswith(MODEL_PACKAGES) else []
+
+    def may_read(pattern: re.Pattern[str]) -> bool:
+        return not sources or any(pattern.search(source) for source in sources)
+
     return ModelCode(
+        module=module,
         name=f"{module}:{name}",
-        reads_length=not sources or any(LENGTH in source for source in sources),
-        reads_generation=not sources or any(GENERATION in source for source in sources),
+        reads_length=may_read(LENGTH),
+        reads_generation=may_read(GENERATION),
+        reads_token_ids=may_read(TOKEN_IDS) or module.startswith(TRANSFORMERS_BACKEND),
+        reads_folders=may_read(FOLDERS),
     )
 
 
 def _sources(module: str) -> Iterator[str]:
-    """Yield the source of a module and of the model code that it imports."""
+    """Yield the source of a module and of the model code that it imports, less what cannot matter."""
     waiting, seen = [module], {module}
     while waiting and len(seen) <= MODULES_MAX:
         name = waiting.pop()
-        # By path: to find a module by its name imports the packages around it, and they their models.
-        base = PACKAGE.joinpath(*name.split(".")[1:])
-        is_package = base.is_dir()
-        path = base / "__init__.py" if is_package else base.with_suffix(".py")
-        if not path.is_file():
+        if (path := _find_file(name)) is None:
             continue
-        source = path.read_text(errors="replace")
-        for harmless in HARMLESS_READS.get(base.name, ()):
-            source = source.replace(harmless, "")
+        source = _without_harmless(path.read_text(errors="replace"), module=path.stem)
         yield source
-        package = name if is_package else name.rpartition(".")[0]
-        for match in IMPORT.finditer(source):
-            imported = _absolute(match[1], package)
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        for imported in _imports(source, package):
             if imported in seen or imported.rpartition(".")[2] in NO_MODELS:
                 continue
             if imported.startswith(MODEL_PACKAGES):
                 seen.add(imported)
                 waiting.append(imported)
+
+
+def _find_file(module: str) -> Path | None:
+    # By path: to find a module by its name imports the packages around it, and they their models.
+    base = PACKAGE.joinpath(*module.split(".")[1:])
+    path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+    return path if path.is_file() else None
+
+
+def _without_harmless(source: str, *, module: str) -> str:
+    """Return a source without the reads of settings that cannot change KV."""
+    if LENGTH.search(source) and any(name in source for name in ENCODER_SIZES):
+        lines = source.splitlines()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and node.name in ENCODER_SIZES:
+                for number in range(node.lineno - 1, node.end_lineno or node.lineno):
+                    lines[number] = ""
+        source = "\n".join(lines)
+    for harmless in HARMLESS_READS.get(module, ()):
+        source = source.replace(harmless, "")
+    return source
+
+
+def _imports(source: str, package: str) -> Iterator[str]:
+    """Yield the full names of what a module imports from; a name that is imported may be a module."""
+    for match in IMPORT.finditer(source):
+        base = _absolute(match[1], package)
+        yield base
+        for name in NAME.findall(match[2]):
+            if _find_file(f"{base}.{name}") is not None:
+                yield f"{base}.{name}"
 
 
 def _absolute(name: str, package: str) -> str:

@@ -8,7 +8,7 @@ from vllm.v1.kv_offload.base import OffloadKey, ReqContext
 from prefixstore.keys import Key, derive_key
 from prefixstore.vllm.adapters import AdapterUse
 from prefixstore.vllm.compat import request_keys
-from prefixstore.vllm.lookups import Answer, Chains, RequestLookup
+from prefixstore.vllm.lookups import Answer, Chains, Question, RequestLookup
 from prefixstore.vllm.reoffers import Place
 
 __all__ = ["TierRequest"]
@@ -20,12 +20,14 @@ class TierRequest:
 
     Attributes:
         lookup: What was asked and answered of its keys.
+        decided_in_step: The engine's step in which its match was last tried for room.
         bypassed: Whether it neither loads nor stores: its KV depends on more than is known.
         use: Its adapter, if it has one that the store serves.
     """
 
     context: ReqContext
-    lookup: RequestLookup = field(default_factory=RequestLookup)
+    lookup: RequestLookup
+    decided_in_step: int = -1
     bypassed: bool = False
     use: AdapterUse | None = None
     _chains: Chains = field(default_factory=Chains)
@@ -52,6 +54,10 @@ class TierRequest:
             return key
         assert self.use.adapter.digest is not None, "proved before its chunks are named"
         return derive_key(key, self.use.adapter.digest)
+
+    def miss(self, question: Question) -> None:
+        """Take it that the store has none of the keys that it was to be asked about."""
+        self.lookup.take_verdict(question, [False] * len(question.keys))
 
     def chain(self) -> list[Key]:
         """Return vLLM's keys of the whole request."""

@@ -49,12 +49,19 @@ class Residency:
         for other_id, stay in list(self._stays.items()):
             if other_id != adapter_id:
                 stay.others.add(adapter_id)
-            if len(stay.others) >= self._capacity - len(self._pinned):
-                self.end(other_id)
+            self._end_if_crowded(other_id, stay)
         stay = self._stays.setdefault(adapter_id, Stay())
-        # Mentioned before this one, and maybe used after it.
-        stay.others = {other for other in self._running if other != adapter_id}
+        stay.others |= self._others_running(adapter_id)
+        self._end_if_crowded(adapter_id, stay)
         return stay
+
+    def used(self, adapter_id: int) -> None:
+        """Note that the workers' next step uses an adapter, or that they were just told to load it.
+
+        From here on only those count that may be used after it: a mention alone does not make it recent.
+        """
+        if (stay := self._stays.get(adapter_id)) is not None:
+            stay.others = self._others_running(adapter_id)
 
     def begin_request(self, adapter_id: int) -> None:
         """Note that a request uses an adapter until ``end_request``."""
@@ -69,6 +76,16 @@ class Residency:
     def pin(self, adapter_id: int) -> None:
         """Note that an adapter never leaves, and so leaves less room to the others."""
         self._pinned.add(adapter_id)
+        for other_id, stay in list(self._stays.items()):
+            self._end_if_crowded(other_id, stay)
+
+    def _others_running(self, adapter_id: int) -> set[int]:
+        """Return those that were mentioned before, and may be used at any time until their requests end."""
+        return {other for other in self._running if other != adapter_id}
+
+    def _end_if_crowded(self, adapter_id: int, stay: Stay) -> None:
+        if len(stay.others - self._pinned) >= self._capacity - len(self._pinned):
+            self.end(adapter_id)
 
     def end(self, adapter_id: int) -> None:
         """Note that an adapter may have left, or is about to be loaded anew."""

@@ -8,6 +8,7 @@ process, so that signals and exit codes are vLLM's.
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -55,6 +56,12 @@ def command(model: str, config: str, arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *given]
 
 
+def _is_ours(word: str) -> bool:
+    """Whether a word sets what we set, in one of the spellings that vLLM takes: it takes the last one."""
+    name = re.split("[=.]", word)[0].replace("_", "-")
+    return name.startswith("--kv-t") and "--kv-transfer-config".startswith(name)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Replace this process by an engine: ``MODEL OPTIONS-AS-JSON [vLLM's arguments]``.
 
@@ -62,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
         InvalidError: As ``transfer_config`` and ``command``.
     """
     model, options, *rest = arguments
-    if "--kv-transfer-config" in rest:
+    if any(map(_is_ours, rest)):
         raise InvalidError(
             "--kv-transfer-config is what `prefixstore serve` sets: give its options by --root and "
             "--option, or call vLLM yourself"

@@ -27,6 +27,7 @@ from vllm.v1.kv_cache_interface import (
 
 from prefixstore.errors import InvalidError
 from prefixstore.vllm.compat import set_retention
+from prefixstore.vllm.lookups import Reach
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -40,6 +41,7 @@ __all__ = [
     "check_shape",
     "choose_interval",
     "describe_groups",
+    "describe_reaches",
     "keep_windows",
     "name_unseen",
     "stored_bytes",
@@ -56,7 +58,12 @@ WINDOWED = (SlidingWindowSpec, ChunkedLocalAttentionSpec, MambaSpec)
 INTERVAL_SMALLEST = 256
 """Tokens. Below this a prompt gains less from a nearer boundary than its windows cost to write."""
 INTERVAL_LARGEST = 1024
-"""Tokens. A shared beginning is used to the last boundary inside it: half of this is lost on average."""
+"""Tokens, before rounding up. A shared beginning is used to the last boundary inside it: half of this is lost
+on average."""
+
+SPARSE = (SlidingWindowSpec, MambaSpec)
+"""Kinds of KV that vLLM keeps at an interval; it refuses one where there is neither. It keeps chunked local
+attention whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +125,11 @@ def check_shape(config: "VllmConfig", caches: "KVCacheConfig") -> None:
         )
     groups = caches.kv_cache_groups
     specs = [spec for group in groups for spec in _layer_specs(group.kv_cache_spec)]
+    if getattr(caches, "hisparse_host_num_blocks", None) is not None:
+        raise InvalidError(
+            "prefixstore: HiSparse keeps KV in a pool of host memory that vLLM's offloading leaves alone, and "
+            "was never tried with prefixstore; run without one of them"
+        )
     if not any(spec.prefix_cacheable for spec in specs):
         raise InvalidError(
             "prefixstore: this model keeps nothing that another request could use (no KV cache that "
@@ -207,16 +219,43 @@ def _group_shape(group: Any, *, blocks_per_chunk: int) -> GroupShape:
     )
 
 
+def describe_reaches(config: "VllmConfig", caches: "KVCacheConfig") -> dict[int, Reach]:
+    """Return what a prompt needs of each group, as vLLM's lookup sees it; in the scheduler's process."""
+    blocks = _blocks_per_chunk(config, caches)
+    return {
+        number: _reach(group.kv_cache_spec, group.kv_cache_spec.block_size * blocks)
+        for number, group in enumerate(caches.kv_cache_groups)
+    }
+
+
+def _reach(spec: Any, chunk_tokens: int) -> Reach:
+    """Work out a group's reach (offloading/scheduler.py, ``get_sliding_window_size_in_chunks``)."""
+    match spec:
+        case MambaSpec():
+            return Reach(chunk_tokens=chunk_tokens, window_chunks=1)
+        case SlidingWindowSpec():
+            return Reach(
+                chunk_tokens=chunk_tokens,
+                window_chunks=-(-spec.sliding_window // chunk_tokens),
+                window_tokens=spec.sliding_window - 1 + spec.extra_retained_tokens,
+            )
+        case ChunkedLocalAttentionSpec():
+            chunks = -(-spec.attention_chunk_size // chunk_tokens)
+            return Reach(chunk_tokens=chunk_tokens, window_chunks=chunks)
+    return Reach(chunk_tokens=chunk_tokens, is_guessed=not isinstance(spec, FullAttentionSpec))
+
+
 def _layer_specs(spec: Any) -> list[Any]:
     """Return the layers' specs of a group whose layers differ, else the one that all share."""
     return list(getattr(spec, "kv_cache_specs", {"": spec}).values())
 
 
-def choose_interval(groups: Sequence[GroupShape]) -> int | None:
+def choose_interval(groups: Sequence[GroupShape], *, step: int = 1) -> int | None:
     """Choose how often, in tokens, windows and states are kept; None where there are none.
 
     Windows at every interval may cost as many bytes as the full attention in between, where that gives
-    an interval neither too short to matter nor too long to hit.
+    an interval neither too short to matter nor too long to hit; rounded up to what all chunks and ``step``
+    divide.
 
     >>> full = GroupShape(chunk_tokens=16, chunk_bytes=16)
     >>> choose_interval([full, GroupShape(chunk_tokens=16, chunk_bytes=16, window_chunks=40)])
@@ -225,7 +264,7 @@ def choose_interval(groups: Sequence[GroupShape]) -> int | None:
     windows = [(group, group.window_chunks) for group in groups if group.window_chunks is not None]
     if not windows:
         return None
-    step = math.lcm(*(group.chunk_tokens for group in groups))
+    step = math.lcm(step, *(group.chunk_tokens for group in groups))
     boundary_bytes = sum(group.chunk_bytes * chunks for group, chunks in windows)
     full_bytes_per_token = sum(
         group.chunk_bytes / group.chunk_tokens for group in groups if group.window_chunks is None
@@ -268,8 +307,10 @@ def keep_windows(config: "VllmConfig", caches: "KVCacheConfig") -> "Boundaries |
     Returns:
         What ends the scheduler's steps at the interval; None where no state needs it.
     """
+    if not any(isinstance(group.kv_cache_spec, SPARSE) for group in caches.kv_cache_groups):
+        return None
     groups = describe_groups(caches, blocks_per_chunk=_blocks_per_chunk(config, caches))
-    interval = choose_interval(groups)
+    interval = choose_interval(groups, step=_scheduler_block(config, caches))
     if interval is None:
         return None
     given: int | None = config.cache_config.prefix_cache_retention_interval
@@ -295,6 +336,15 @@ def keep_windows(config: "VllmConfig", caches: "KVCacheConfig") -> "Boundaries |
         for spec in _layer_specs(group.kv_cache_spec)
     )
     return Boundaries(interval) if aligned else None
+
+
+def _scheduler_block(config: "VllmConfig", caches: "KVCacheConfig") -> int:
+    """Work out what vLLM wants an interval to be a multiple of: the blocks of all groups, shared or not.
+
+    See ``resolve_kv_cache_block_sizes`` in v1/core/kv_cache_utils.py.
+    """
+    sizes = [group.kv_cache_spec.block_size for group in caches.kv_cache_groups]
+    return math.lcm(*sizes) if len(sizes) > 1 else config.cache_config.block_size
 
 
 def _blocks_per_chunk(config: "VllmConfig", caches: "KVCacheConfig") -> int:

@@ -11,7 +11,6 @@ options, else when the workers have told the front door. Until then everything i
 
 import functools
 import logging
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -38,7 +37,6 @@ from vllm.v1.kv_offload.tiering.base import (
 
 from prefixstore.clock import Clock, SystemClock
 from prefixstore.errors import InvalidError
-from prefixstore.index.place import default_index_dir
 from prefixstore.ioproc.client import IoClient
 from prefixstore.ioproc.jobs import (
     Completion,
@@ -55,10 +53,12 @@ from prefixstore.vllm.events import CHANGES_MAX, OriginalKeys, events_of
 from prefixstore.vllm.fingerprint import bare_fields
 from prefixstore.vllm.guard import guarded
 from prefixstore.vllm.layout import Span
-from prefixstore.vllm.lookups import Answer, Question
+from prefixstore.vllm.lookups import Answer, Question, Reach, RequestLookup
+from prefixstore.vllm.machine import index_dir
 from prefixstore.vllm.options import FRONT_DOOR, TierOptions
 from prefixstore.vllm.reoffers import Place, Reoffers, pin_chunks
 from prefixstore.vllm.requests import TierRequest
+from prefixstore.vllm.results import load_result, store_result
 from prefixstore.vllm.slots import Slots
 from prefixstore.vllm.worth import PrefillMeter
 
@@ -104,6 +104,7 @@ class PrefixStoreTier(SecondaryTierManager):
 
     Attributes:
         replicated_layout: Whether all workers share one copy of a chunk in the slot.
+        reaches: What a prompt needs of each KV group; the front door sees more of it than a tier does.
     """
 
     medium: ClassVar[Medium | None] = Medium.STORAGE
@@ -120,6 +121,11 @@ class PrefixStoreTier(SecondaryTierManager):
     ) -> None:
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         self.replicated_layout = offloading_spec.replicated_layout
+        blocks = offloading_spec.blocks_per_chunk
+        self.reaches = {
+            group.group_id: Reach(chunk_tokens=group.tokens_per_block * blocks, is_guessed=True)
+            for group in offloading_spec.config.groups
+        }
         is_behind_front_door = bool(options.pop(FRONT_DOOR, False))
         self._options = TierOptions.from_mapping(options)
         if not is_behind_front_door and self._options.namespace is None:
@@ -153,6 +159,7 @@ class PrefixStoreTier(SecondaryTierManager):
         self._asking: set[str] = set()  # Requests with questions to put at the step's end.
         self._questions: dict[int, tuple[str, Question]] = {}
         self._next_ticket = 0
+        self._step = 0
         self._results: list[JobResult] = []
         self._reoffers = Reoffers()
         self._storing: dict[int, dict[Key, Place]] = {}
@@ -201,7 +208,7 @@ class PrefixStoreTier(SecondaryTierManager):
             StoreTarget(
                 root=self._options.root,
                 namespace=msgspec.json.encode(dict(fields)),
-                options=msgspec.json.encode(self._options.store_config(index_dir=_index_dir())),
+                options=msgspec.json.encode(self._options.store_config(index_dir=index_dir())),
             ),
             replace(
                 self._options.limits(max(slots.payload_bytes.values())),
@@ -232,6 +239,12 @@ class PrefixStoreTier(SecondaryTierManager):
         if (request := self._requests.get(request_id)) is not None:
             request.use = use
 
+    def scheduled(self, request_id: str) -> None:
+        """End what was promised to a request that is scheduled, and note that its adapter is used now."""
+        self._admission.release(request_id)
+        if self._adapters is not None:
+            self._adapters.scheduled(request_id)
+
     def count_failure(self, callback: str) -> None:
         """Count a callback that failed and was answered with its safe value."""
         self._metrics.count(metrics.FAILED_CALLBACKS, callback)
@@ -241,7 +254,7 @@ class PrefixStoreTier(SecondaryTierManager):
     @override
     @guarded(RequestOffloadingContext)
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
-        self._requests[req_context.req_id] = TierRequest(req_context)
+        self._requests[req_context.req_id] = TierRequest(req_context, RequestLookup(self.reaches))
         return RequestOffloadingContext()
 
     @override
@@ -257,7 +270,9 @@ class PrefixStoreTier(SecondaryTierManager):
         end_token = req_context.get_offload_key_position(key)
         if end_token is None or kv_group(Key(key)) not in binding.slots.spans:
             return LookupResult.MISS
-        if request.lookup.undecided:
+        if request.lookup.undecided and request.decided_in_step != self._step:
+            # Nothing comes free within a step, and the scheduler asks for thousands of keys in one.
+            request.decided_in_step = self._step
             sizes = binding.slots.payload_bytes
             self._admission.decide(
                 req_context.req_id, request.lookup, payload_bytes=sizes, now_s=now_s
@@ -269,6 +284,7 @@ class PrefixStoreTier(SecondaryTierManager):
     @override
     @guarded(lambda: None)
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        self._step += 1
         for request_id in context.new_req_ids:
             self._admission.release(request_id)
         if (binding := self._binding) is None:
@@ -280,7 +296,7 @@ class PrefixStoreTier(SecondaryTierManager):
         asking, self._asking = self._asking, set()
         for request_id in asking:
             if (request := self._requests.get(request_id)) is not None:
-                self._put_questions(binding, request_id, request)
+                self._put_questions(binding, request)
 
     @override
     @guarded(lambda: None)
@@ -349,10 +365,8 @@ class PrefixStoreTier(SecondaryTierManager):
     @override
     @guarded(lambda: None)
     def drain_jobs(self) -> None:
-        end_s = self._clock.monotonic_s() + self._options.drain_s
-        while self._is_proving and self._clock.monotonic_s() < end_s:
-            self._clock.sleep(YIELD_S)
-            self._hear_proofs()
+        # No proof is worth a wait where nothing is stored any more.
+        self._hear_proofs(last_s=self._options.drain_s if self._off_reason is None else 0.0)
         if self._binding is not None:
             for completion in self._binding.client.drain(self._options.drain_s):
                 self._take(completion)
@@ -402,34 +416,36 @@ class PrefixStoreTier(SecondaryTierManager):
     def _is_proving(self) -> bool:
         return self._adapters is not None and self._adapters.busy
 
-    def _put_questions(self, binding: _Binding, request_id: str, request: TierRequest) -> None:
+    def _put_questions(self, binding: _Binding, request: TierRequest) -> None:
         """Ask the store about the keys that a request's lookups came to in this step."""
         for question in request.lookup.take_questions():
-            if request.use is None:
-                self._find(binding, request_id, request, question)
-            else:
-                self._prove(
-                    request.use,
-                    functools.partial(self._find_adapted, request_id, question),
-                    patience_s=self._options.find_deadline_s,
-                )
+            if not self._try_find(binding, request, question, proved=request.use is None):
+                request.miss(question)  # Without a verdict it would wait for ever.
 
-    def _find(
-        self, binding: _Binding | None, request_id: str, request: TierRequest, question: Question
-    ) -> None:
+    @guarded(lambda: False)
+    def _try_find(
+        self, binding: _Binding | None, request: TierRequest, question: Question, *, proved: bool
+    ) -> bool:
+        """Ask the store, for an adapter's request once its content is proved; False: it was not asked."""
         if binding is None or not binding.client.ready:
-            request.lookup.take_verdict(question, [False] * len(question.keys))
-            return
-        self._next_ticket += 1
-        self._questions[self._next_ticket] = (request_id, question)
+            return False
+        request_id = request.context.req_id
+        if request.use is not None and not proved:
+            then = functools.partial(self._find_adapted, request_id, question)
+            self._prove(request.use, then, patience_s=self._options.find_deadline_s)
+            return True
         keys = [request.name(key) for key in question.keys]
+        self._next_ticket += 1
         binding.client.find(self._next_ticket, keys, chained=question.chained)
+        self._questions[self._next_ticket] = (request_id, question)
+        return True
 
     @guarded(lambda: None)
     def _find_adapted(self, request_id: str, question: Question, digest: bytes | None) -> None:
         if (request := self._requests.get(request_id)) is not None:
             binding = self._serving() if digest is not None else None
-            self._find(binding, request_id, request, question)
+            if not self._try_find(binding, request, question, proved=True):
+                request.miss(question)
 
     def _prove(
         self, use: AdapterUse, then: Callable[[bytes | None], None], *, patience_s: float
@@ -455,6 +471,7 @@ class PrefixStoreTier(SecondaryTierManager):
                 for key, slot in zip(job.keys, job.chunk_ids, strict=True)
             ],
         )
+        self._admission.loads.begin(job.job_id, now_s=self._clock.monotonic_s())
         if request.use is not None:
             self._renamed[job.job_id] = {request.name(Key(key)): Key(key) for key in job.keys}
         return True
@@ -541,9 +558,12 @@ class PrefixStoreTier(SecondaryTierManager):
                 self._take(completion)
 
     @guarded(lambda: None)
-    def _hear_proofs(self) -> None:
-        if self._adapters is not None:
+    def _hear_proofs(self, *, last_s: float | None = None) -> None:
+        """Hear of proofs that have ended; with ``last_s``, for so long, and then of none that was asked for."""
+        if self._adapters is not None and last_s is None:
             self._adapters.poll()
+        elif self._adapters is not None and last_s is not None:
+            self._adapters.give_up(last_s)
 
     @guarded(lambda: None)
     def _take(self, completion: Completion) -> None:
@@ -554,21 +574,15 @@ class PrefixStoreTier(SecondaryTierManager):
                 if (request := self._requests.get(request_id)) is not None:
                     request.lookup.take_verdict(question, completion.present)
             case LoadDone():
-                self._admission.loads.note(completion.landed_bytes, completion.elapsed_s)
+                self._admission.loads.end(
+                    completion.ticket,
+                    landed_bytes=completion.landed_bytes,
+                    elapsed_s=completion.elapsed_s,
+                )
                 for reason in completion.missed.values():
                     self._metrics.count(metrics.LOAD_MISSES, reason)
                 originals = self._renamed.pop(completion.ticket, {})
-                self._results.append(
-                    JobResult(
-                        job_id=completion.ticket,
-                        success=not completion.missed,
-                        successful_keys=[
-                            OffloadKey(originals.get(key, key)) for key in completion.landed
-                        ],
-                        transfer_time=completion.elapsed_s,
-                        transfer_bytes=completion.landed_bytes,
-                    )
-                )
+                self._results.append(load_result(completion, originals))
             case StoreDone():
                 places = self._storing.pop(completion.ticket, {})
                 for key, reason in completion.skipped.items():
@@ -581,19 +595,4 @@ class PrefixStoreTier(SecondaryTierManager):
                     stored=len(completion.stored) + len(completion.existed),
                     skipped=len(completion.skipped),
                 )
-                self._results.append(
-                    JobResult(
-                        job_id=completion.ticket,
-                        success=not completion.skipped,
-                        transfer_time=completion.elapsed_s,
-                        transfer_bytes=completion.stored_bytes,
-                    )
-                )
-
-
-def _index_dir() -> str | None:
-    """Return the user's place for indexes; without one, the store works with one in memory."""
-    try:
-        return str(default_index_dir(os.environ))
-    except InvalidError:
-        return None
+                self._results.append(store_result(completion))

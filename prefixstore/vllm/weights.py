@@ -1,9 +1,9 @@
 """Who the weights are: a resolved commit, or a digest of the very files.
 
 A name proves nothing: the files behind it are replaced, a branch moves on. A local directory is
-identified by the XXH3-128 of each file that can hold weights (and of its code, where code from the
-directory runs); digests are remembered by the file's inode, size and times, so that an unchanged model
-costs a few stats.
+identified by the XXH3-128 of each file that can hold weights or says how to read them (and of its code,
+where code from the directory runs); digests are remembered by the file's inode, size and times, so that an
+unchanged model costs a few stats.
 
 An engine can only be asked once its model is loaded. So files that changed after its process began may
 be others than it loaded, and are refused; the kernel's change time tells, which nobody can set.
@@ -13,7 +13,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +29,20 @@ __all__ = [
     "identify_weights",
     "links_to",
     "process_start_s",
+    "refuse_changed",
 ]
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz"})
 CODE_SUFFIXES = frozenset({".py"})
+READING_ENDS = (
+    ".index.json",
+    "quant_config.json",
+    "quantization_config.json",
+    "quantize_config.json",
+)
+"""How the names end of files that say which weights are read and how they are quantised
+(vllm/model_executor/model_loader/weight_utils.py, ``filter_duplicate_safetensors_files`` and
+``get_quant_config``). All else that vLLM reads of a directory is in the config that it makes of it."""
 FILES_MAX = 10_000
 READ_BYTES = 8 * 2**20
 REMEMBERED_MAX = 10_000
@@ -41,6 +51,8 @@ SETTLED_S = 2.0
 """A file this fresh may change once more within its times' granularity (2 s on the coarsest
 filesystem), so its digest is not remembered."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
+LINKS_MAX = 40
+"""Symbolic links on the way to a file: as many as Linux follows."""
 
 
 class WeightDigests:
@@ -112,6 +124,7 @@ class WeightSource:
         config_commit: The commit that the model's config came from, if it came from a hub.
         hub_cache: The directory of the hub's cache; None for the usual one.
         runs_code: Whether code from the model's directory runs (``trust_remote_code``).
+        reads_folders: Whether the model may read weights from directories inside its own.
         loaded_since_s: The earliest moment at which the weights may have been read, in seconds since
             the epoch.
     """
@@ -121,6 +134,7 @@ class WeightSource:
     config_commit: str | None = None
     hub_cache: str | None = None
     runs_code: bool = False
+    reads_folders: bool = False
     loaded_since_s: float
 
 
@@ -134,28 +148,53 @@ def identify_weights(source: WeightSource, *, digests: WeightDigests) -> Mapping
     path = Path(source.model)
     if not path.exists():
         return {"repository": source.model, "commit": _resolved_commit(source)}
+    try:
+        return _identify_directory(path, source, digests=digests)
+    except OSError as error:
+        raise InvalidError(f"cannot read the weights to identify them: {error}") from error
+
+
+def _identify_directory(
+    path: Path, source: WeightSource, *, digests: WeightDigests
+) -> Mapping[str, object]:
+    links = links_to(path)
     resolved = path.resolve()
     if COMMIT.fullmatch(resolved.name) and resolved.parent.name == "snapshots":
+        refuse_changed(links, source.loaded_since_s)
         return {"repository": _repository(resolved.parent.parent.name), "commit": resolved.name}
-    suffixes = WEIGHT_SUFFIXES | (CODE_SUFFIXES if source.runs_code else frozenset())
-    files = [resolved] if resolved.is_file() else sorted(_files(resolved, suffixes))
+    files = [resolved] if resolved.is_file() else sorted(_files(resolved, source))
     if not any(file.suffix in WEIGHT_SUFFIXES for file in files):
         raise InvalidError(
             f"{resolved} holds no weights ({', '.join(sorted(WEIGHT_SUFFIXES))}): serve a directory "
             "that does, or a model of the hub with --revision COMMIT"
         )
-    try:
-        found = {file.name: digests.digest(file) for file in files}
-        # Looked at last: what changes from here on is loaded by a later engine only.
-        for entry in (*links_to(path), resolved, *files, *(file.resolve() for file in files)):
-            if entry.lstat().st_ctime > source.loaded_since_s:
-                raise InvalidError(
-                    f"{entry} changed after this engine's process began, so the weights that it "
-                    "loaded may be others than lie there now: restart the engine to use the store"
-                )
-    except OSError as error:
-        raise InvalidError(f"cannot read the weights to identify them: {error}") from error
+    base = resolved.parent if resolved.is_file() else resolved
+    ways = {entry for file in files for entry in _way_to(file)}
+    found = {file.relative_to(base).as_posix(): digests.digest(file) for file in files}
+    # Looked at last: what changes from here on is loaded by a later engine only.
+    refuse_changed([*links, resolved, *sorted(ways)], source.loaded_since_s)
     return {"files": found}
+
+
+def refuse_changed(entries: Iterable[Path], since_s: float) -> None:
+    """Raise if anything may be other than what was loaded: it changed since then.
+
+    Raises:
+        InvalidError: Something has changed.
+        OSError: Something cannot be looked at.
+    """
+    for entry in entries:
+        if entry.lstat().st_ctime > since_s:
+            raise InvalidError(
+                f"{entry} changed after this engine's process began, so what it loaded may be other "
+                "than what lies there now: restart the engine to use the store"
+            )
+
+
+def _way_to(file: Path) -> Iterator[Path]:
+    """Yield a file with all whose change may put another in its place."""
+    target = file.resolve()
+    yield from (*links_to(file), file.parent, target.parent, target)
 
 
 def process_start_s() -> float:
@@ -165,18 +204,53 @@ def process_start_s() -> float:
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot_s)
 
 
-def _files(directory: Path, suffixes: frozenset[str]) -> Iterator[Path]:
+def _files(directory: Path, source: WeightSource) -> Iterator[Path]:
     """Yield the files that vLLM's loaders may read, bounded."""
-    for count, path in enumerate(directory.iterdir()):
-        if count >= FILES_MAX:
+    suffixes = WEIGHT_SUFFIXES | (CODE_SUFFIXES if source.runs_code else frozenset())
+    count = 0
+    for folder, inside, names in os.walk(directory, followlinks=True, onerror=_raise):
+        if not source.reads_folders:
+            inside.clear()
+        count += len(names) + len(inside)
+        if count > FILES_MAX:
             raise InvalidError(f"{directory} holds over {FILES_MAX} files: not a model's directory")
-        if path.suffix in suffixes and path.is_file():
-            yield path
+        for name in names:
+            path = Path(folder, name)
+            if (path.suffix in suffixes or name.endswith(READING_ENDS)) and path.is_file():
+                yield path
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def links_to(path: Path) -> list[Path]:
-    """Return the symbolic links along a path: one that is turned elsewhere replaces all behind it."""
-    return [part for part in (path.absolute(), *path.absolute().parents) if part.is_symlink()]
+    """Return every symbolic link on the way to a path: one turned elsewhere replaces all behind it.
+
+    Links lead to others, by their targets' directories too: ``prod`` to ``stable``, that to ``v1``.
+
+    Raises:
+        InvalidError: They are more than any system follows.
+        OSError: One cannot be read.
+    """
+    whole = path.absolute()
+    found: list[Path] = []
+    at, parts = Path(whole.anchor), list(reversed(whole.parts[1:]))
+    while parts:
+        part = parts.pop()
+        if part == "..":
+            at = at.parent  # No link is in it any more, so its parent is the one above.
+        elif (entry := at / part).is_symlink():
+            if len(found) >= LINKS_MAX:
+                raise InvalidError(f"{path} lies behind more than {LINKS_MAX} symbolic links")
+            found.append(entry)
+            target = entry.readlink()
+            if target.is_absolute():
+                at = Path(target.anchor)
+            parts += reversed(target.parts[1:] if target.is_absolute() else target.parts)
+        else:
+            at = entry
+    return found
 
 
 def _repository(directory: str) -> str:

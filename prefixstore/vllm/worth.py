@@ -13,7 +13,7 @@ whether loads have become faster.
 from collections import deque
 from dataclasses import dataclass, field
 
-__all__ = ["LoadWorth", "PrefillMeter", "Rate"]
+__all__ = ["LoadMeter", "LoadWorth", "PrefillMeter", "Rate"]
 
 DECAY = 0.9
 """Weight of what was seen before, for each new observation: some twenty of them decide."""
@@ -39,13 +39,13 @@ class Rate:
     seconds: float = 0.0
     observations: int = 0
 
-    def note(self, amount: float, seconds: float) -> None:
-        """Take one observation; one that took no time tells nothing."""
+    def note(self, amount: float, seconds: float, *, count: int = 1) -> None:
+        """Take what ``count`` observations came to together; what took no time tells nothing."""
         if seconds <= 0:
             return
-        self.amount = self.amount * DECAY + amount
-        self.seconds = self.seconds * DECAY + seconds
-        self.observations += 1
+        self.amount = self.amount * DECAY**count + amount
+        self.seconds = self.seconds * DECAY**count + seconds
+        self.observations += count
 
     @property
     def per_s(self) -> float | None:
@@ -80,6 +80,45 @@ class PrefillMeter:
         if tokens >= PREFILL_STEP_TOKENS:
             self.rate.note(tokens, now_s - max(began_s, self._last_end_s))
         self._last_end_s = now_s
+
+
+@dataclass(slots=True)
+class LoadMeter:
+    """Measures how fast chunks are loaded: bytes over the time in which any load ran.
+
+    Loads that overlap share one way to the storage, and each waits for the others. So those that ran together,
+    which is all that began before the first of them ended, are noted together once they have ended.
+    """
+
+    rate: Rate
+    _running: dict[int, float] = field(default_factory=dict)  # Load → when it began.
+    _together: set[int] = field(default_factory=set)
+    _ended: int = 0
+    _bytes: int = 0
+    _seconds: float = 0.0
+    _counted_to_s: float = 0.0
+
+    def begin(self, load: int, *, now_s: float) -> None:
+        """Note a load that begins."""
+        self._running[load] = now_s
+        if not self._ended:
+            self._together.add(load)
+
+    def end(self, load: int, *, landed_bytes: int, elapsed_s: float) -> None:
+        """Note how a load ended, whenever one hears of it."""
+        if (began_s := self._running.pop(load, None)) is None:
+            return
+        ended_s = began_s + elapsed_s
+        first_s = min(began_s, *self._running.values()) if self._running else began_s
+        self._seconds += max(0.0, ended_s - max(first_s, self._counted_to_s))
+        self._counted_to_s = max(ended_s, self._counted_to_s)
+        self._bytes += landed_bytes
+        self._ended += 1
+        self._together.discard(load)
+        if not self._together:
+            self.rate.note(self._bytes, self._seconds, count=self._ended)
+            self._ended, self._bytes, self._seconds = 0, 0, 0.0
+            self._together = set(self._running)
 
 
 @dataclass(slots=True)

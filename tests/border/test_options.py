@@ -81,8 +81,23 @@ def test_serve_checks_before_it_starts_anything():
     """A misspelt option costs a moment, not a model's loading time."""
     with pytest.raises(InvalidError, match="bogus"):
         main(["model", '{"root": "/kv", "bogus": 1}'])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--kv-transfer-config", "{}"],
+        ["--kv-transfer-config={}"],
+        ["--kv_transfer_config", "{}"],
+        ["--kv_transfer_config={}"],
+        ["--kv-transfer-config.kv_role", "kv_both"],
+        ["--kv-transfer", "{}"],
+    ],
+)
+def test_serve_refuses_a_second_connector_however_it_is_spelt(given: list[str]) -> None:
+    """Of two values vLLM takes the last, and prefixstore would silently be gone."""
     with pytest.raises(InvalidError, match="--kv-transfer-config"):
-        main(["model", '{"root": "/kv"}', "--kv-transfer-config", "{}"])
+        main(["model", '{"root": "/kv"}', *given])
 
 
 def test_serve_hands_vllm_the_front_door():

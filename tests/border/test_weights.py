@@ -13,6 +13,7 @@ from prefixstore.vllm.weights import (
     WeightDigests,
     WeightSource,
     identify_weights,
+    links_to,
     process_start_s,
 )
 
@@ -112,19 +113,62 @@ def turn_link(model: Path) -> None:
     link.symlink_to(model.parent / "prepared")
 
 
+def turn_second_link(model: Path) -> None:
+    """Turn a link that another link on the path leads to."""
+    stable = model.parent / "releases" / "stable"
+    stable.unlink()
+    stable.symlink_to("../prepared")
+
+
+def turn_links_directory(model: Path) -> None:
+    """Turn a link to the directory in which a weight file's own link leads to it."""
+    current = model.parent / "current"
+    current.unlink()
+    current.symlink_to("prepared")
+
+
+def rename_files_directory(model: Path) -> None:
+    """Exchange the directory in which a weight file's own link leads to it."""
+    (model.parent / "blobs").rename(model.parent / "old")
+    (model.parent / "prepared").rename(model.parent / "blobs")
+
+
 @pytest.mark.parametrize(
     ("name", "replace"),
-    [("model", replace_file), ("model", replace_directory), ("link", turn_link)],
-    ids=["a file", "the directory", "a link"],
+    [
+        ("model", replace_file),
+        ("model", replace_directory),
+        ("link", turn_link),
+        ("production", turn_second_link),
+        ("linked", turn_links_directory),
+        ("blobbed", rename_files_directory),
+    ],
+    ids=[
+        "a file",
+        "the directory",
+        "a link",
+        "a link behind a link",
+        "a link behind a file's link",
+        "the directory behind a file's link",
+    ],
 )
 def test_what_changed_since_the_process_began_is_refused(
     model: Path, name: str, replace: object
 ) -> None:
     """Times of content say nothing: they can be set, and move with what is renamed."""
-    prepared = model.parent / "prepared"
-    prepared.mkdir()
+    prepared, releases = model.parent / "prepared", model.parent / "releases"
+    for directory in (prepared, releases, model.parent / "blobs"):
+        directory.mkdir()
     (prepared / "model.safetensors").write_bytes(b"prepared")
     (model.parent / "link").symlink_to(model)
+    (model.parent / "production").symlink_to(releases / "stable")
+    (releases / "stable").symlink_to("../model")
+    (model.parent / "current").symlink_to("model")
+    (model.parent / "blobs" / "model.safetensors").write_bytes(b"blob")
+    for linked, behind in (("linked", "current"), ("blobbed", "blobs")):
+        (model.parent / linked).mkdir()
+        link = model.parent / linked / "model.safetensors"
+        link.symlink_to(f"../{behind}/model.safetensors")
     time.sleep(0.05)  # The kernel's clock for files ticks every few milliseconds.
     began_s = time.time()
     time.sleep(0.05)
@@ -135,6 +179,64 @@ def test_what_changed_since_the_process_began_is_refused(
 
     with pytest.raises(InvalidError, match="changed after this engine's process began"):
         identify_weights(source, digests=WeightDigests(None))
+
+
+def test_links_are_followed_as_the_kernel_does(tmp_path: Path) -> None:
+    """Relative and absolute ones, through directories that are links, and back up; no more than it would."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").write_text("")
+    (tmp_path / "absolute").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "up").symlink_to("../absolute/b/..")
+    (tmp_path / "start").symlink_to("a/up/b")
+    path = tmp_path / "start" / ".." / "b" / "file"
+
+    links = [link for link in links_to(path) if link.is_relative_to(tmp_path)]
+
+    assert path.resolve() == tmp_path / "a" / "b" / "file"
+    assert [tmp_path / "start", tmp_path / "a" / "up", tmp_path / "absolute"] == links
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InvalidError, match="more than 40 symbolic links"):
+        links_to(tmp_path / "loop" / "file")
+
+
+def test_files_that_say_how_to_read_weights_are_part_of_them(model: Path) -> None:
+    """Which files are read, and how they are quantised: vLLM looks for such names by their ends."""
+    source = WeightSource(model=str(model), loaded_since_s=LATER_S)
+    said = {
+        "consolidated.safetensors.index.json",
+        "hf_quant_config.json",
+        "model.safetensors.index.json",
+        "quant_config.json",
+        "quantization_config.json",
+        "quantize_config.json",
+    }
+    for name in (*said, "config.json", "tokenizer.json"):
+        (model / name).write_text("{}")
+
+    found = identify_weights(source, digests=WeightDigests(None))["files"]
+
+    assert isinstance(found, dict)
+    assert {"model.safetensors", *said} == found.keys()
+
+
+def test_weights_in_directories_count_where_a_model_reads_them(model: Path) -> None:
+    """Each by its way from the model's directory, through links too; other models' directories do not."""
+    other = model.parent / "other"
+    for directory in (model / "transformer", model / "vision_encoder", other):
+        directory.mkdir()
+        (directory / "model.safetensors").write_bytes(directory.name.encode())
+    (model / "linked").symlink_to(other)
+    found = {}
+    for reads_folders in (False, True):
+        source = WeightSource(model=str(model), loaded_since_s=LATER_S, reads_folders=reads_folders)
+        found[reads_folders] = identify_weights(source, digests=WeightDigests(None))["files"]
+
+    assert isinstance(found[True], dict)
+    assert {"model.safetensors"} == set(found[False])
+    inside = {"linked", "transformer", "vision_encoder"}
+    assert {"model.safetensors", *(f"{name}/model.safetensors" for name in inside)} == set(
+        found[True]
+    )
 
 
 def test_the_process_began_before_now() -> None:
@@ -156,6 +258,24 @@ def test_a_snapshot_is_its_commit_by_path_or_by_name(tmp_path: Path) -> None:
     expected = {"repository": "org/name", "commit": COMMIT}
 
     assert [expected] * 3 == [identify_weights(s, digests=WeightDigests(None)) for s in sources]
+
+
+def test_a_link_to_a_snapshot_that_was_turned_is_refused(tmp_path: Path) -> None:
+    """Its commit is what the link says now; the engine may have loaded another."""
+    snapshots = tmp_path / "models--org--name" / "snapshots"
+    for commit in (COMMIT, OTHER_COMMIT):
+        (snapshots / commit).mkdir(parents=True)
+    link = tmp_path / "stable"
+    link.symlink_to(snapshots / COMMIT)
+    time.sleep(0.05)
+    source = WeightSource(model=str(link), loaded_since_s=time.time())
+    assert COMMIT == identify_weights(source, digests=WeightDigests(None))["commit"]
+    time.sleep(0.05)
+    link.unlink()
+    link.symlink_to(snapshots / OTHER_COMMIT)
+
+    with pytest.raises(InvalidError, match="stable changed after this engine's process began"):
+        identify_weights(source, digests=WeightDigests(None))
 
 
 @NEEDS_HUB

@@ -5,6 +5,7 @@ import pytest
 from prefixstore.vllm.worth import (
     OBSERVATIONS_NEEDED,
     PROBE_INTERVAL_S,
+    LoadMeter,
     LoadWorth,
     PrefillMeter,
     Rate,
@@ -49,6 +50,42 @@ def test_loads_that_bring_nothing_are_no_rate() -> None:
         worth.prefill.note(100, 1.0)
 
     assert worth.pays(**MATCH, now_s=0.0)
+
+
+def test_loads_that_run_together_share_the_time() -> None:
+    """Each of sixteen waits for the others; the link brings what all of them brought in that time."""
+    meter = LoadMeter(Rate())
+    for load in range(16):
+        meter.begin(load, now_s=0.0)
+    for load in range(16):
+        meter.end(load, landed_bytes=1000, elapsed_s=7.0 + load / 15)
+
+    assert pytest.approx(2000) == meter.rate.per_s
+    assert 16 == meter.rate.observations
+
+
+def test_loads_that_overlap_without_end_are_measured_as_they_come() -> None:
+    """A busy engine always has a load under way: 1,000 bytes land every 5 s, each load takes 10 s."""
+    meter = LoadMeter(Rate())
+    for load in range(100):
+        if load >= 2:
+            meter.end(load - 2, landed_bytes=1000, elapsed_s=10.0)
+        meter.begin(load, now_s=5.0 * load)
+
+    assert 90 < meter.rate.observations <= 98
+    assert pytest.approx(200, rel=0.1) == meter.rate.per_s
+
+
+def test_a_load_is_measured_to_its_end_and_not_to_when_one_hears_of_it() -> None:
+    """Between loads the link rests, even where the first is told of once the second has begun."""
+    meter = LoadMeter(Rate())
+    for load in range(0, 20, 2):
+        meter.begin(load, now_s=10.0 * load)
+        meter.begin(load + 1, now_s=10.0 * load + 5)
+        meter.end(load, landed_bytes=1000, elapsed_s=1.0)
+        meter.end(load + 1, landed_bytes=1000, elapsed_s=1.0)
+
+    assert pytest.approx(1000) == meter.rate.per_s
 
 
 def test_between_the_two_bounds_the_last_decision_stays() -> None:

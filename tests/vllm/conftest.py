@@ -56,6 +56,14 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
 
 
 @pytest.fixture
+def config_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give vLLM what it needs to build a config here, and no seed of the surroundings."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+
+
+@pytest.fixture
 def new_log(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Path]:
     """Give a function that names a fresh log file, shown if the test fails."""
     logs = request.node.stash.setdefault(LOGS, [])

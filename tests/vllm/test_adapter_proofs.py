@@ -150,6 +150,28 @@ def test_a_link_that_is_turned_elsewhere_is_seen(directory: Path, tmp_path: Path
         files.check()
 
 
+@pytest.mark.parametrize("turned", ["stable", "current"])
+def test_a_link_behind_a_link_that_is_turned_is_seen(
+    directory: Path, tmp_path: Path, turned: str
+) -> None:
+    """One that the directory's link leads to, or one on the way of a file's own link."""
+    shutil.copytree(directory, tmp_path / "v2")
+    shutil.copytree(directory, tmp_path / "linked")
+    weights = tmp_path / "linked" / "adapter_model.safetensors"
+    weights.unlink()
+    weights.symlink_to(tmp_path / "current" / "adapter_model.safetensors")
+    (tmp_path / "current").symlink_to("sql")
+    (tmp_path / "stable").symlink_to("linked")
+    (tmp_path / "production").symlink_to("stable")
+    files = AdapterFiles(tmp_path / "production")
+    files.check()
+    (tmp_path / turned).unlink()
+    (tmp_path / turned).symlink_to("v2" if turned == "current" else "sql")
+
+    with pytest.raises(InvalidError, match="changed after the engine first used"):
+        files.check()
+
+
 def test_reading_and_other_files_beside_the_directory_change_nothing(
     directory: Path, tmp_path: Path
 ) -> None:
@@ -294,6 +316,48 @@ def test_an_id_may_name_another_adapter_once_the_first_was_removed(
     assert engine.begin("r2", lora(other, name="other")) is not None
 
 
+def test_an_id_names_the_adapter_of_requests_that_run_though_it_was_removed(
+    directory: Path, tmp_path: Path, serve: Callable[..., Adapters]
+) -> None:
+    """Their next step loads it again, and what comes under its id would be computed with it for good."""
+    other = tmp_path / "other"
+    shutil.copytree(directory, other)
+    engine = serve()
+    use = engine.begin("r1", lora(directory))
+    engine.removed(1)
+
+    assert engine.begin("r2", lora(other, name="other")) is None
+    engine.finish("r1")
+    assert engine.begin("r3", lora(other, name="other")) is None
+    assert prove(engine, use) is None
+
+
+def test_an_adapter_that_waits_while_others_are_used_may_leave(
+    directory: Path, tmp_path: Path, serve: Callable[..., Adapters]
+) -> None:
+    """A request that was not scheduled yet keeps nothing in the workers' memory; one that was does."""
+    engine = serve(capacity=2)
+    for number in (2, 3):
+        shutil.copytree(directory, tmp_path / f"{number}")
+    others = [lora(tmp_path / f"{number}", name=f"{number}", number=number) for number in (2, 3)]
+    loaded = engine.mention(lora(directory))
+    engine.loaded(loaded)
+    assert prove(engine, loaded) is not None
+    engine.loaded(engine.mention(others[0]))
+    scheduled = engine.begin("r1", lora(directory))
+    engine.scheduled("r1")
+    engine.finish("r1")
+    engine.loaded(engine.mention(others[1]))
+    waits = engine.begin("r2", lora(directory))
+    before = waits is not None and waits.may_load
+    engine.loaded(engine.mention(others[0]))
+
+    assert scheduled is not None
+    assert before
+    assert waits is not None
+    assert not waits.may_load
+
+
 def test_requests_that_load_at_every_step_pass_by(
     directory: Path, serve: Callable[..., Adapters]
 ) -> None:
@@ -330,6 +394,26 @@ def test_a_failing_filesystem_is_no_evidence(
         failed = prove(engine, use)
 
     assert failed is None
+    assert prove(engine, use) is not None
+
+
+def test_without_a_thread_nothing_is_proved_until_there_is_one(
+    directory: Path, serve: Callable[..., Adapters], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process may have as many threads as it may; that is a miss, and over when it is over."""
+    engine = serve()
+    use = engine.begin("r1", lora(directory))
+    assert use is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            threading.Thread, "start", lambda _self: _fail(RuntimeError("can't start new thread"))
+        )
+        engine.loaded(use)
+        none = prove(engine, use)
+
+    assert none is None
+    assert not engine.busy
+    assert not use.may_load_soon(0.0)
     assert prove(engine, use) is not None
 
 

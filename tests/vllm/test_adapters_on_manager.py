@@ -133,6 +133,33 @@ def test_what_was_computed_with_replaced_files_is_not_stored(
     assert {("adapter",): 6} == engine.skipped()
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_question_that_cannot_be_put_is_a_miss(
+    drive, lora: LoRARequest, monkeypatch: pytest.MonkeyPatch, *, adapted: bool
+) -> None:
+    """Its request would wait for the verdict for ever."""
+    engine = Engine(drive)
+    engine.load(lora)
+    tier = engine.driver.tier
+    monkeypatch.setattr(tier._binding.client, "find", lambda *_args, **_more: _fail())
+
+    served = engine.serve("r", lora) if adapted else engine.driver.serve("r", KEYS)
+
+    assert 0 == served
+    assert {("_try_find",): 1} == tier.get_stats().data["data"]["vllm:prefixstore_failed_callbacks"]
+
+
+def test_a_proof_that_cannot_be_asked_for_is_a_miss(
+    drive, lora: LoRARequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the keys that it is to let be asked about wait for it."""
+    engine = Engine(drive)
+    engine.load(lora)
+    monkeypatch.setattr(engine.adapters, "prove", lambda *_args, **_more: _fail())
+
+    assert 0 == engine.serve("r", lora)
+
+
 def test_a_reset_waits_for_proofs_as_for_stores(drive, lora: LoRARequest, tmp_path: Path) -> None:
     """What was computed before it is published, as without an adapter."""
     engine = Engine(drive)
@@ -152,3 +179,7 @@ def test_routers_hear_of_an_adapters_chunks_by_vllms_hashes(drive, lora: LoRAReq
     events = engine.driver.tier.take_events()
 
     assert set(KEYS) == {key for event in events for key in event.keys}
+
+
+def _fail() -> None:
+    raise RuntimeError("broken on purpose")

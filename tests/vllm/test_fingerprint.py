@@ -4,125 +4,42 @@ No engine runs here: configs are built as vLLM builds them, from its own argumen
 like the one in docs/vllm.md, and a test holds the two together.
 """
 
-import json
-import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vllm import SamplingParams
-from vllm.config import KVTransferConfig, VllmConfig
-from vllm.engine.arg_utils import EngineArgs
-from vllm.platforms import current_platform
+from vllm import SamplingParams, envs
+from vllm.config import MultiModalConfig, VllmConfig
+from vllm.model_executor import model_loader
+from vllm.model_executor.model_loader import DefaultModelLoader
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheSpec,
+    RSWASpec,
+    UniformTypeKVCacheSpecs,
+)
 from vllm.v1.request import Request
 
 from prefixstore.errors import InvalidError
 from prefixstore.keys import namespace_id
 from prefixstore.tree.root import diff_fields
-from prefixstore.vllm.backends import WorkerAccount, describe_worker, join_accounts
-from prefixstore.vllm.fingerprint import scheduler_fields
-from prefixstore.vllm.layout import SlotLayout, Span
-from prefixstore.vllm.model_code import find_code
-from prefixstore.vllm.weights import WeightDigests
+from prefixstore.vllm import fingerprint
 from tests.vllm import models
+from tests.vllm.fingerprints import Change, edit_config, engine_fields, on_transformers, set_in
 
 # What vLLM and torch warn of while they build a config is not ours.
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("config_settings")]
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "vllm.md"
 YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0}
-ACCOUNT = WorkerAccount(
-    rank=0,
-    layout=SlotLayout(page_bytes=4096, spans={0: [Span(0, 4096)]}),
-    element_bytes=4,
-    backends=("Attention CPU_ATTN CPUAttentionBackendImpl isa=vec float32[2, 128, 64]",),
-    runner="v1",
-    device="cpu:cpu",
-)
-
-
-@pytest.fixture(autouse=True)
-def settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give vLLM what it needs to build a config here, and no seed of the surroundings."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """One change to an engine.
-
-    Attributes:
-        name: What the documents call it.
-        differs: The field in which the namespaces then differ.
-        arguments: Of ``EngineArgs``.
-        options: Of ``kv_connector_extra_config``.
-        env: The environment.
-        files: Edits the model's directory in place.
-        config: Edits the finished config, where this machine's vLLM refuses the argument.
-        caches: Fields of ``KVCacheConfig`` and of its one group's spec.
-        account: Fields of what the worker says of itself.
-        base: Arguments of both engines.
-        model: The tiny model of both engines.
-    """
-
-    name: str
-    differs: str = ""
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
-    env: Mapping[str, str] = field(default_factory=dict)
-    files: Callable[[Path], None] | None = None
-    config: Callable[[VllmConfig], None] | None = None
-    caches: Mapping[str, Any] = field(default_factory=dict)
-    account: Mapping[str, Any] = field(default_factory=dict)
-    base: Mapping[str, Any] = field(default_factory=dict)
-    model: str = "llama"
-
-
-def engine_fields(model: Path, change: Change, *, loaded_since_s: float = math.inf) -> Any:
-    """Return the namespace's fields of an engine that a change would start on a model."""
-    given: dict[str, Any] = {"dtype": "float32", "max_model_len": 2048, "enforce_eager": True}
-    transfer = KVTransferConfig(
-        kv_connector="PrefixStoreConnector",
-        kv_connector_module_path="prefixstore.vllm.connector",
-        kv_role="kv_both",
-        kv_connector_extra_config={"root": "/kv", **change.options},
-    )
-    arguments = {**given, "kv_transfer_config": transfer, **change.base, **change.arguments}
-    config = EngineArgs(model=str(model), **arguments).create_engine_config()
-    if change.config is not None:
-        change.config(config)
-    spec = {
-        "block_size": config.cache_config.block_size or 128,
-        "num_kv_heads": 2,
-        "head_size": 64,
-        "dtype": torch.float32,
-    }
-    cache = {"num_blocks": 10, "hash_block_size": spec["block_size"]}
-    for name, value in change.caches.items():
-        (spec if name in spec else cache)[name] = value
-    caches = KVCacheConfig(
-        kv_cache_tensors=[],
-        kv_cache_groups=[
-            KVCacheGroupSpec(layer_names=["a", "b"], kv_cache_spec=FullAttentionSpec(**spec))
-        ],
-        **cache,
-    )
-    fields = scheduler_fields(
-        config, caches, digests=WeightDigests(None), loaded_since_s=loaded_since_s
-    )
-    return {**fields, **join_accounts([replace(ACCOUNT, **change.account)])}
 
 
 def edit_one_tensor(model: Path) -> None:
@@ -133,29 +50,37 @@ def edit_one_tensor(model: Path) -> None:
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
 
 
-def edit_config(**fields: Any) -> Callable[[Path], None]:
-    """Return an edit of a model's config.json."""
-
-    def edit(model: Path) -> None:
-        path = model / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-    return edit
-
-
-def set_in(section: str, **values: Any) -> Callable[[VllmConfig], None]:
-    """Return an edit of one part of a finished config."""
-
-    def edit(config: VllmConfig) -> None:
-        for name, value in values.items():
-            object.__setattr__(getattr(config, section), name, value)
-
-    return edit
-
-
 def write_code(model: Path) -> None:
     """Put code into a model's directory."""
     (model / "modeling_own.py").write_text("SCALE = 2\n")
+
+
+def write_index(model: Path) -> None:
+    """Say which of the files hold which weights."""
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+
+
+def plug_in_loader(patch: pytest.MonkeyPatch) -> None:
+    """Put a plug-in's class in the place of vLLM's for the usual format."""
+    own = type("Own", (DefaultModelLoader,), {"__module__": "plug_in.loader"})
+    patch.setitem(model_loader._LOAD_FORMAT_TO_MODEL_LOADER, "auto", own)
+
+
+def with_pictures(**fields: Any) -> Callable[[VllmConfig], None]:
+    """Return an edit that makes a config one of a multimodal model."""
+    return set_in("model_config", multimodal_config=MultiModalConfig(**fields))
+
+
+def as_rswa(spec: FullAttentionSpec) -> KVCacheSpec:
+    """Return the spec of a model whose window slides over generated tokens, as it comes in a group."""
+    windowed = RSWASpec(
+        block_size=spec.block_size,
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        dtype=spec.dtype,
+        rswa_window=64,
+    )
+    return UniformTypeKVCacheSpecs(block_size=spec.block_size, kv_cache_specs={"a": windowed})
 
 
 OTHERS = (
@@ -184,6 +109,22 @@ OTHERS = (
         differs="weights.files.modeling_own.py",
         files=write_code,
         base={"trust_remote_code": True},
+    ),
+    Change(
+        name="which weight files are read (`*.index.json`)",
+        differs="weights.files.model.safetensors.index.json",
+        files=write_index,
+    ),
+    Change(
+        name="vLLM's version, every digit of it",
+        differs="engine",
+        patch=lambda patch: patch.setattr(fingerprint, "version", "0.32.1"),
+    ),
+    Change(
+        name="the Transformers library's version, for models that run on it",
+        differs="libraries.transformers",
+        both=set_in("model_config", _architecture="Olmo2ForCausalLM"),
+        patch=lambda patch: patch.setattr(fingerprint.metadata, "version", lambda _name: "9.9"),
     ),
     Change(name="`--model-impl`", differs="code.model_impl", arguments={"model_impl": "vllm"}),
     Change(name="`--load-format`", differs="loading", arguments={"load_format": "safetensors"}),
@@ -244,6 +185,11 @@ OTHERS = (
         env={"VLLM_MARLIN_INPUT_DTYPE": "fp8"},
     ),
     Change(
+        name="settings that vLLM's kernels read undeclared (`FLA_TRIL_PRECISION`, `FLA_USE_FAST_OPS`)",
+        differs="precision.FLA_USE_FAST_OPS",
+        env={"FLA_USE_FAST_OPS": "1"},
+    ),
+    Change(
         name="`--additional-config`",
         differs="additional_config",
         arguments={"additional_config": {"layout": "own"}},
@@ -253,6 +199,19 @@ OTHERS = (
         differs="max_model_len",
         model="phi3",
         arguments={"max_model_len": 4096},
+    ),
+    Change(
+        name="`--max-model-len auto` of such a model, against the length that memory left it",
+        differs="max_model_len",
+        model="phi3",
+        arguments={"max_model_len": -1},
+        config=set_in("model_config", max_model_len=2048),
+    ),
+    Change(
+        name="token ids in the config of a model that computes with them (n-gram embeddings)",
+        differs="model_config.eos_token_id",
+        both=set_in("model_config", _architecture="LongcatFlashNgramForCausalLM"),
+        files=edit_config(eos_token_id=5),
     ),
 )
 """Each gives other bytes for the same tokens, or might."""
@@ -282,13 +241,21 @@ HARMLESS = (
     Change(name="`--seed`, sampling defaults", arguments={"seed": 3, "generation_config": "vllm"}),
     Change(name="`--enforce-eager`, compilation", arguments={"enforce_eager": False}),
     Change(name="adapters being enabled", arguments={"enable_lora": True, "max_lora_rank": 8}),
+    Change(name="`blocks_per_chunk` of 1, the default", options={"blocks_per_chunk": 1}),
     Change(
-        name="names and token ids in the model's config",
+        name="limits and processing of pictures and sound",
+        both=with_pictures(),
+        config=with_pictures(mm_processor_kwargs={"num_crops": 4}, limit_per_prompt={"image": 2}),
+    ),
+    Change(
+        name="names and token ids in the model's config, for all other models",
         files=edit_config(eos_token_id=5, transformers_version="4.0.0"),
     ),
 )
 """None of these changes what a chunk holds."""
 
+PLUG_IN = "the code of a plug-in's model or quantisation"
+CAPABILITY = "the compute capability of the devices, for quantised models"
 ELSEWHERE = "the model's path, copied or linked"
 OTHER_KEYS = "`cache_salt`"
 BYPASSED = "an adapter (LoRA), by default"
@@ -317,6 +284,62 @@ OFF = (
         "use load_format=auto",
     ),
     (
+        Change(name="`--load-format npcache`", config=set_in("load_config", load_format="npcache")),
+        "use load_format=auto",
+    ),
+    (
+        Change(name="a plug-in's loader under the name of one of vLLM's", patch=plug_in_loader),
+        "is a plug-in's",
+    ),
+    (
+        Change(
+            name="a pattern of `sharded_state` that names directories",
+            config=set_in(
+                "load_config",
+                load_format="sharded_state",
+                model_loader_extra_config={"pattern": "/other/model-{rank}-{part}.safetensors"},
+            ),
+        ),
+        "use a pattern of names alone",
+    ),
+    (
+        Change(
+            name="text weights of another repository (Ultravox)",
+            config=lambda config: setattr(
+                config.model_config.hf_config, "text_model_id", "org/text"
+            ),
+        ),
+        "serve a model that holds all of its weights",
+    ),
+    (
+        Change(
+            name="a quantisation that is read from a file of its own (`quantization_config_file`)",
+            config=set_in("model_config", hf_overrides={"quantization_config_file": "q.json"}),
+        ),
+        "quantization_config_dict_json",
+    ),
+    (
+        Change(
+            name="code of a hub on the Transformers backend (`--trust-remote-code`)",
+            config=on_transformers(auto_map={"AutoModel": "modeling.Own"}, model="org/name"),
+        ),
+        "download the model with its code",
+    ),
+    (
+        Change(
+            name="a plug-in's model or quantisation whose code cannot be found",
+            config=set_in("model_config", _architecture="SomebodysOwnForCausalLM"),
+        ),
+        "install it as a package",
+    ),
+    (
+        Change(
+            name="`--enable-elastic-ep`",
+            config=set_in("parallel_config", enable_elastic_ep=True),
+        ),
+        "takes weights from its peers",
+    ),
+    (
         Change(
             name="`--speculative-config`",
             arguments={
@@ -335,6 +358,17 @@ OFF = (
             config=set_in("attention_config", use_non_causal=True),
         ),
         "depends on what comes after it",
+    ),
+    (
+        Change(
+            name="a model whose prompt is not computed causally (prefix LM)",
+            spec=lambda spec: replace(spec, non_causal=True),
+        ),
+        "depends on what comes after it",
+    ),
+    (
+        Change(name="a window over generated tokens alone (R-SWA)", spec=as_rswa),
+        "depends on where its prompt ended",
     ),
     (
         Change(
@@ -362,12 +396,16 @@ def fields_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Chan
 
     def pair(change: Change) -> tuple[Any, Any]:
         model = models.tiny(change.model)
-        before = engine_fields(model, Change(name="", base=change.base, model=change.model))
+        before = engine_fields(
+            model, Change(name="", base=change.base, both=change.both, model=change.model)
+        )
         if change.files is not None:
             model = Path(shutil.copytree(model, tmp_path / "model"))
             change.files(model)
         for name, value in change.env.items():
             monkeypatch.setenv(name, value)
+        if change.patch is not None:
+            change.patch(monkeypatch)
         return before, engine_fields(model, change)
 
     return pair
@@ -409,9 +447,11 @@ def test_the_same_weights_are_the_same_wherever_they_lie(tiny_llama: Path, tmp_p
 
 @pytest.mark.parametrize(("change", "sentence"), OFF, ids=lambda part: getattr(part, "name", ""))
 def test_what_cannot_be_established_is_one_sentence(
-    tiny_llama: Path, change: Change, sentence: str
+    tiny_llama: Path, change: Change, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such an engine runs without the store, and its log says what would settle it."""
+    if change.patch is not None:
+        change.patch(monkeypatch)
     with pytest.raises(InvalidError, match=sentence) as raised:
         engine_fields(tiny_llama, change)
 
@@ -457,25 +497,9 @@ def test_a_salt_gives_other_keys() -> None:
     assert 4 * 3 == len(hashes[0] | hashes[1] | hashes[2])
 
 
-@pytest.mark.parametrize(
-    ("architecture", "reads"),
-    [
-        ("LlamaForCausalLM", (False, False)),
-        ("Qwen3MoeForCausalLM", (False, False)),
-        ("DeepseekV3ForCausalLM", (False, False)),
-        ("Gemma3ForCausalLM", (False, False)),
-        ("Llama4ForCausalLM", (True, True)),
-        ("MiniMaxM2ForCausalLM", (True, False)),
-        ("SomebodysOwnForCausalLM", (True, True)),
-    ],
-)
-def test_the_source_of_a_model_says_which_settings_it_reads(
-    architecture: str, reads: tuple[bool, bool]
-) -> None:
-    """Only models that read the context length or the generation config have it in their namespace."""
-    code = find_code(architecture)
-
-    assert reads == (code.reads_length, code.reads_generation)
+def test_each_setting_of_precision_is_one_that_vllm_reads() -> None:
+    """One that it does not know would be the same for every engine."""
+    assert not set(fingerprint.PRECISION_SETTINGS) - envs.environment_variables.keys()
 
 
 def test_the_documents_table_is_these_tests() -> None:
@@ -484,6 +508,8 @@ def test_the_documents_table_is_these_tests() -> None:
         **{change.name: "another namespace" for change in OTHERS},
         **{change.name: "same" for change in HARMLESS},
         **{change.name: "store off" for change, _ in OFF},
+        PLUG_IN: "another namespace",
+        CAPABILITY: "another namespace",
         ELSEWHERE: "same",
         REPLACED: "store off",
         OTHER_KEYS: "other keys",
@@ -498,18 +524,3 @@ def test_the_documents_table_is_these_tests() -> None:
 
     assert tested == dict(rows)
     assert len(tested) == len(rows)
-
-
-def test_fp8_of_another_bias_is_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two devices under one name and one dtype of cache, of which one biases FP8 otherwise, never share."""
-    config = SimpleNamespace(
-        compilation_config=SimpleNamespace(static_forward_context={}), use_v2_model_runner=False
-    )
-    caches = {"layer": torch.zeros((2, 4), dtype=torch.uint8)}
-    devices = []
-    for dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz):
-        monkeypatch.setattr(type(current_platform), "fp8_dtype", classmethod(lambda _, d=dtype: d))
-        account = describe_worker(config, caches, rank=0, layout=ACCOUNT.layout)
-        devices.append(account.device)
-
-    assert len(set(devices)) == 2, devices

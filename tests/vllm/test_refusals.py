@@ -6,11 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
+    GroupOffloadConfig,
+    get_sliding_window_size_in_chunks,
+)
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.core.kv_cache_coordinator import _validate_prefix_cache_retention_interval
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     CrossAttentionSpec,
     FullAttentionSpec,
+    HiSparseHotSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
     MambaSpec,
@@ -24,6 +30,8 @@ from prefixstore.vllm.shapes import (
     check_shape,
     choose_interval,
     describe_groups,
+    describe_reaches,
+    keep_windows,
     name_unseen,
     stored_bytes,
 )
@@ -98,6 +106,14 @@ def test_what_cannot_be_served_is_refused_by_name(
         check_shape(config(**changed), caches(*specs))
 
 
+def test_hisparse_is_refused() -> None:
+    """Its pool of host memory is another's, and a tier would see the KV of an index only."""
+    pooled = caches(FULL)
+    pooled.hisparse_host_num_blocks = 10
+    with pytest.raises(InvalidError, match="HiSparse"):
+        check_shape(config(), pooled)
+
+
 def state(kind: str) -> MambaSpec:
     """Give a layer that keeps a state."""
     return MambaSpec(
@@ -160,6 +176,63 @@ def test_windows_cost_no_more_than_full_attention_within_bounds(
     within = stored_bytes([full, window], tokens=16_385, interval=interval)
     dense = stored_bytes([full, window], tokens=16_385, interval=16)
     assert stored_bytes([full, window], tokens=16_385, interval=None) < within <= dense
+
+
+def retention_of(found: KVCacheConfig, *, step: int) -> int:
+    """Return the interval that windows of a model are kept at, once vLLM has accepted it."""
+    engine = config(prefix_cache_retention_interval=0, max_model_len=4096, block_size=step)
+    keep_windows(engine, found)
+    interval = found.prefix_cache_retention_interval or 0
+    _validate_prefix_cache_retention_interval(interval, step, found)
+    return interval
+
+
+def test_chunked_local_attention_gets_no_interval() -> None:
+    """VLLM keeps it whole, and refuses to start with an interval where nothing else is sparse."""
+    assert 0 == retention_of(caches(FULL, LOCAL), step=16)
+    assert 0 == retention_of(caches(FULL), step=16)
+    assert 256 <= retention_of(caches(FULL, LOCAL, WINDOW), step=16) <= 1024
+
+
+def test_an_interval_is_a_multiple_of_the_blocks_of_all_groups() -> None:
+    """Those of groups that nobody shares, too; it may come out longer than the longest wanted."""
+    apart = HiSparseHotSpec(block_size=1280, page_size=4096, blocks_per_request=1)
+
+    assert 1280 == retention_of(caches(FULL, WINDOW, apart), step=1280)
+
+
+@pytest.mark.parametrize(
+    ("spec", "token", "chunks"),
+    [
+        (WINDOW, 4096, 64),
+        (dataclasses.replace(WINDOW, sliding_window=1025), 4096, 65),
+        (WINDOW, 4095, 64),
+        (WINDOW, 4088, 65),
+        (dataclasses.replace(WINDOW, extra_retained_tokens=16), 4096, 65),
+        (LOCAL, 4096, 16),
+        (LOCAL, 4088, 16),
+        (state("GDN_ATTN"), 4096, 1),
+    ],
+)
+def test_a_match_takes_at_least_what_vllm_needs_before_its_end(
+    spec: Any, token: int, chunks: int
+) -> None:
+    """Fewer chunks than vLLM looks for in a row would be no hit, and more are loaded for nothing."""
+    reach = describe_reaches(config(), caches(FULL, spec))[1]
+    group = GroupOffloadConfig(
+        group_idx=1,
+        tokens_per_block=16,
+        tokens_per_chunk=16,
+        hashes_per_chunk=1,
+        kv_event_group_spec=None,
+        sliding_window_size_in_chunks=get_sliding_window_size_in_chunks(spec, 16),
+        kv_cache_spec=spec,
+        manager_cls=None,
+    )
+
+    assert chunks == reach.chunks_before(token)
+    assert chunks - 1 <= group.load_window_size_in_chunks(token) <= chunks
+    assert group.sliding_window_size_in_chunks <= chunks
 
 
 def test_groups_are_described_by_the_bytes_that_they_own() -> None:

@@ -174,10 +174,33 @@ def test_without_shared_prefixes_vllm_keeps_only_the_end(place: Place, name: str
     assert [0, 1664] == [answer.cached_tokens for answer in answers]
 
 
+HAS_AMX = "amx_tile" in Path("/proc/cpuinfo").read_text()
+
+
+@pytest.mark.skipif(HAS_AMX, reason="with AMX vLLM's build for CPUs goes on from a prefix")
 def test_latent_attention_that_cannot_go_on_from_a_prefix_is_refused(place: Place) -> None:
     """Where vLLM turns prefix caching off for MLA, a loaded prefix would be answered wrongly."""
     with pytest.raises(EngineError, match="go on from a loaded prefix"):
         place.engine(models.tiny("deepseek-v2"))
+
+
+@pytest.mark.skipif(
+    not HAS_AMX, reason="without AMX vLLM's build for CPUs cannot go on from a prefix"
+)
+def test_latent_attention_answers_as_from_the_engines_own_cache(place: Place) -> None:
+    """Prefills of other lengths round otherwise there: what a hit must equal is the engine's own hit."""
+    model, llm = models.tiny("deepseek-v2"), {"dtype": "bfloat16"}
+    with place.engine(model, llm=llm) as engine:
+        engine.generate([LONG])
+        assert 13 == len(_settled(place))
+        own = engine.generate_each([LONG, SHARING], logprobs=1, sampling=DO_NOT_STORE)
+    with place.engine(model, llm=llm) as engine:
+        stored = engine.generate_each([LONG, SHARING], logprobs=1)
+
+    assert [1664, 768] == [answer.cached_tokens for answer in own]
+    assert [1664, 768] == [answer.cached_tokens for answer in stored]
+    assert stores.outputs(own) == stores.outputs(stored)
+    assert stores.logprobs(own) == stores.logprobs(stored)
 
 
 def _settled(place: Place) -> list[Path]:

@@ -6,6 +6,7 @@ that every byte that lands in a slot can be checked.
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,12 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.tiering.base import JobResult, TransferJob
 
 from prefixstore.errors import InvalidError
+from prefixstore.vllm.adapters import Adapter, Adapters, AdapterUse
+from prefixstore.vllm.residency import Stay
 from prefixstore.vllm.spec import PrefixStoreSpec
+from prefixstore.vllm.weights import WeightDigests
 from prefixstore.vllm.worth import OBSERVATIONS_NEEDED
-from tests.vllm.managers import CHUNK_BYTES, make_config, prompt
+from tests.vllm.managers import CHUNK_BYTES, PATIENCE_S, make_config, prompt
 
 
 def test_a_prompt_is_computed_once_and_loaded_by_the_next_engine(drive):
@@ -124,6 +128,40 @@ def test_a_request_that_leaves_while_it_waits_frees_its_room(drive):
     small.manager.on_request_finished(context)
 
     assert 8 == small.serve("r2", keys)
+
+
+def test_a_request_that_waits_for_room_is_decided_once_a_step(drive, monkeypatch):
+    """Its keys are asked for one by one in each step: their match is worked out for the first of them."""
+    first = drive()
+    first.await_state("on")
+    prompts = [prompt("a", 6), prompt("b", 6)]
+    for name, keys in zip("ab", prompts, strict=True):
+        first.serve(name, keys)
+    first.settle()
+    small = drive(slots=8)
+    small.await_state("on")
+    contexts = [small.begin(name, keys) for name, keys in zip("ab", prompts, strict=True)]
+
+    def one_waits() -> bool:
+        for context, keys in zip(contexts, prompts, strict=True):
+            small.scan(context, keys)
+        small.end_step()
+        return "b" in small.tier._admission._waits_since_s
+
+    small._until(one_waits, "a wait for room")
+    decided = []
+    decide = small.tier._admission.decide
+    monkeypatch.setattr(
+        small.tier._admission,
+        "decide",
+        lambda *args, **kwargs: (decided.append(args[0]), decide(*args, **kwargs)),
+    )
+
+    for _ in range(3):
+        assert small.scan(contexts[1], prompts[1]) is None
+        small.end_step()
+
+    assert ["b"] * 3 == decided
 
 
 def test_recency_follows_requests_that_the_store_never_saw_loads_of(drive, tmp_path):
@@ -257,6 +295,30 @@ def test_a_reset_drains_and_the_store_is_kept(drive):
     driver.reset()
 
     assert 4 == driver.serve("r2", keys)
+
+
+def test_a_reset_waits_for_no_proof_that_hangs(drive):
+    """Where the files of an adapter hang, vLLM's jobs end unproved, as it asserts that they do."""
+    driver = drive(drain_s=0.2)
+    driver.await_state("on")
+    adapters = Adapters(capacity=1, settings={}, digests=WeightDigests(None))
+    hangs = threading.Event()
+    adapters._try_proof = lambda _use: hangs.wait(PATIENCE_S)
+    driver.tier.serve_adapters(adapters)
+    use = AdapterUse(Adapter("a", has_3d_weights=False, files=object()), 1, Stay())
+    keys = prompt("a", 3)
+    context = driver.begin("r", keys)
+    driver.tier.adapt("r", use)
+    driver.compute(context, keys)
+    driver.end_step()
+    assert driver.manager.has_pending_work()
+
+    driver.reset()
+    driver.settle()
+
+    skipped = driver.tier.get_stats().data["data"]["vllm:prefixstore_stores_skipped"]
+    assert {("adapter",): 3} == skipped
+    hangs.set()
 
 
 def test_the_region_has_no_name_once_everyone_has_mapped_it(drive):
