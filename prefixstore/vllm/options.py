@@ -41,7 +41,7 @@ FRONT_DOOR = "behind_front_door"
 DIRECT_OPTIONS = frozenset({"blocks_per_chunk", "offload_prompt_only"})
 """Those that mean something without a CPU tier too."""
 
-TIER_OPTIONS = frozenset({"adapters", "enable_kv_events", "load_policy", "locality"})
+TIER_OPTIONS = frozenset({"adapters", "enable_kv_events", "locality"})
 """Ours that mean something with a CPU tier only."""
 
 CPU_BYTES_LARGEST = 4 * 2**30

@@ -8,6 +8,8 @@ from prefixstore.testing.clock import ManualClock
 from prefixstore.vllm.direct.chunks import ChunkShape
 from prefixstore.vllm.direct.messages import RankReport, StepOrders, StepReport
 from prefixstore.vllm.direct.scheduler import DirectScheduler
+from prefixstore.vllm.direct.worth import MatchWorth
+from prefixstore.vllm.worth import OBSERVATIONS_NEEDED
 
 BLOCKS = list(range(100, 140))
 PATIENCE_S = 7.0
@@ -403,3 +405,48 @@ def test_of_a_load_that_failed_nothing_is_used_and_all_is_offered_again():
     assert [[8, 16, 24, 32, 40], [16, 24, 32, 40]] == [
         [store.end_token for store in group] for group in by_group(stores)
     ]
+
+
+class Slow(Harness):
+    """One rank whose loads bring 1 kB/s, below an engine that computes 1,000 tokens/s; chunks of 1 kB."""
+
+    def __init__(self, *, is_slow: bool = True) -> None:
+        super().__init__(ranks=1)
+        self.declined: list[int] = []
+        worth = MatchWorth([1000], clock=self.clock, declined=self.declined.append)
+        self.books = DirectScheduler(
+            shapes=[ChunkShape(tokens_per_hash=8, tokens_per_block=8, blocks=2)],
+            ranks=1,
+            find_patience_s=PATIENCE_S,
+            clock=self.clock,
+            worth=worth,
+        )
+        for _ in range(OBSERVATIONS_NEEDED):
+            self.step({"other": 100})
+            self.clock.advance(0.1)
+            loads = [(1000.0, 1.0 if is_slow else 0.001, 1)]
+            report = RankReport(ends_step=True, loads=loads)
+            self.books.take_report(StepReport(ranks={0: report}))
+
+
+def test_a_match_that_would_lose_is_declined_once_and_stores_nothing_again():
+    """Loads at 16 tokens/s lose to 1,000: the request computes, whatever is asked again."""
+    it, r = Slow(), request()
+    it.books.add(r)
+    it.books.count_matched(r, 0)
+    it.found(it.step(), 3)
+
+    assert [0, 0] == [it.books.count_matched(r, 0) for _ in range(2)]
+    assert [3] == it.declined
+    assert [64] == [store.end_token for store in it.step({"r": 70}).stores]
+
+
+def test_a_match_that_pays_is_loaded():
+    """Loads at 16,000 tokens/s win."""
+    it, r = Slow(is_slow=False), request()
+    it.books.add(r)
+    it.books.count_matched(r, 0)
+    it.found(it.step(), 3)
+
+    assert 48 == it.books.count_matched(r, 0)
+    assert [] == it.declined

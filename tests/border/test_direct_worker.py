@@ -114,6 +114,8 @@ class Rig:
         self.settled: list[int] = []
         self.found: dict[int, int] = {}
         self.failed_requests: set[str] = set()
+        self.loads: list[tuple[float, float, int]] = []
+        self.steps_ended = 0
         self.loaded: dict[
             str, set[int]
         ] = {}  # Request → blocks that failed in the step it ended in.
@@ -139,6 +141,8 @@ class Rig:
         self.loaded.update(dict.fromkeys(loaded, failed))
         if (report := self.worker.take_report()) is not None:
             self.settled += report.settled
+            self.loads += report.loads
+            self.steps_ended += report.ends_step
             self.found.update({t: sum(sum(part) for part in f) for t, f in report.found.items()})
         return loaded, failed
 
@@ -552,3 +556,20 @@ def test_windows_are_looked_for_up_to_where_full_attention_ends(
     assert {1: (b"\1\1\1\0\0", b"\0\1\1"), 2: (b"", b"\0"), 3: (b"\0\1\1\1\1",)} == flags
     assert ([4, 2, 8], False) in asked
     assert ([3, 1, 4, 2, 8], False) in asked
+
+
+def test_what_loads_took_and_steps_that_computed_are_told(new_rig: Callable[..., Rig]) -> None:
+    """Each load counts once, with its bytes; a step without a forward pass is none."""
+    rig = new_rig()
+    fill(rig, 3)
+    payload_bytes = sum(map(len, rig.read(1)))
+    ended = rig.steps_ended
+    rig.step(loads=[load("r", {1: 5, 2: 6, 3: 7})], is_idle=True)
+    while "r" not in rig.loaded:
+        rig.step(is_idle=True)
+    rig.step()
+
+    assert ended + 1 == rig.steps_ended
+    assert 3 == sum(count for _, _, count in rig.loads)
+    assert 3 * payload_bytes == sum(amount for amount, _, _ in rig.loads)
+    assert all(seconds > 0 for _, seconds, _ in rig.loads)

@@ -33,10 +33,11 @@ from prefixstore.vllm.direct.shapes import (
     keep_interval,
 )
 from prefixstore.vllm.direct.worker import OPEN_PATIENCE_S
+from prefixstore.vllm.direct.worth import MatchWorth
 from prefixstore.vllm.engine_calls import listen_to_engine
 from prefixstore.vllm.guard import guarded
 from prefixstore.vllm.options import check_options
-from prefixstore.vllm.shapes import check_shape, keep_windows
+from prefixstore.vllm.shapes import check_shape, describe_groups, keep_windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +63,9 @@ logger = logging.getLogger("prefixstore")
 YIELD_S = 50e-6
 """How long a step without a forward pass lets go of the GIL while requests wait for this worker: the
 pump that they wait for would else get it once in the interpreter's switch interval, 5 ms."""
+
+STORES_YIELD_S = 1e-3
+"""The same while only stores wait for a buffer: the I/O process that empties them may have no other core."""
 
 
 @dataclass
@@ -163,6 +167,7 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
                 find_patience_s=self._options.find_deadline_s + OPEN_PATIENCE_S,
                 clock=self._clock,
                 prompts_only=bool(extra.get("offload_prompt_only", True)),
+                worth=self._make_worth() if self._options.load_policy == "auto" else None,
             )
             if missing := listen_to_engine(self):
                 logger.warning("store is off: this vLLM has no %s", ", ".join(missing))
@@ -173,6 +178,14 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
     def requires_kv_delivery(self) -> bool:
         """A store that is dropped is a miss later, so no request has to wait for it."""
         return False
+
+    def _make_worth(self) -> MatchWorth:
+        groups = describe_groups(self._kv_cache_config, blocks_per_chunk=self._blocks_per_chunk)
+        return MatchWorth(
+            [group.chunk_bytes for group in groups],
+            clock=self._clock,
+            declined=lambda chunks: self._metrics.count(metrics.DECLINED_HITS, "slower", by=chunks),
+        )
 
     def count_failure(self, callback: str) -> None:
         """Count a callback that failed and was answered with its safe value."""
@@ -254,8 +267,11 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
     def _poll(self) -> set[str] | None:
         if self._worker is None:
             return set()
-        if self._bound_orders().is_idle and self._worker.is_waiting:
-            self._clock.sleep(YIELD_S)
+        if self._bound_orders().is_idle:
+            if self._worker.is_waiting:
+                self._clock.sleep(YIELD_S)
+            elif self._worker.is_storing:
+                self._clock.sleep(STORES_YIELD_S)
         return self._worker.poll()
 
     @override

@@ -119,12 +119,21 @@ class RankReport:
     Attributes:
         found: Ticket → for each group of a find one byte a chunk: whether it holds it.
         settled: Numbers of stores whose blocks it no longer needs.
+        loads: Bytes, seconds and number of loads that ran together.
+        ends_step: A step that computed something has ended.
         is_off: Its store is off for good.
     """
 
     found: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
     settled: list[int] = field(default_factory=list)
+    loads: list[tuple[float, float, int]] = field(default_factory=list)
+    ends_step: bool = False
     is_off: bool = False
+
+    @property
+    def tells(self) -> bool:
+        """Whether there is anything in it."""
+        return bool(self.found or self.settled or self.loads or self.ends_step or self.is_off)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -140,5 +149,7 @@ class StepReport:
             for rank, report in part.ranks.items():
                 joined.ranks[rank].found.update(report.found)
                 joined.ranks[rank].settled.extend(report.settled)
+                joined.ranks[rank].loads.extend(report.loads)
+                joined.ranks[rank].ends_step |= report.ends_step
                 joined.ranks[rank].is_off |= report.is_off
         return joined

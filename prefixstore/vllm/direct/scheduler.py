@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from prefixstore.clock import Clock
+    from prefixstore.vllm.direct.worth import MatchWorth
 
 __all__ = ["DirectScheduler"]
 
@@ -58,6 +59,7 @@ class _Request:
         next_chunk: The first chunk that was not considered for storing.
         loading: Group and chunk under way, by each block it goes to; empty when none are.
         may_load: False once a load failed: what is missing is computed.
+        pays: Whether its match is worth loading, once that was asked.
         load_most: Tokens to load at most; None: no limit.
         offload_most: Tokens from the first to store at most.
     """
@@ -71,6 +73,7 @@ class _Request:
     local_tokens: int = 0
     loading: dict[int, tuple[int, int]] = field(default_factory=dict)
     may_load: bool = True
+    pays: bool | None = None
     load_most: int | None = None
     offload_most: int | None = None
 
@@ -105,6 +108,7 @@ class DirectScheduler:
         find_patience_s: How long a request waits for the answer to a find; then nothing was found.
         interval: Every so many tokens windows are kept; 0: only where a prompt ends.
         prompts_only: Store no chunk with generated tokens.
+        worth: Decides which matches are loaded; None: all.
     """
 
     def __init__(
@@ -116,6 +120,7 @@ class DirectScheduler:
         clock: "Clock",
         interval: int = 0,
         prompts_only: bool = False,
+        worth: "MatchWorth | None" = None,
     ) -> None:
         self._shapes = tuple(shapes)
         self._step = chunk_step(shapes)
@@ -124,6 +129,7 @@ class DirectScheduler:
         self._clock = clock
         self._interval = interval
         self._prompts_only = prompts_only
+        self._worth = worth
         # vLLM cuts a request short at a failed block only where all blocks before it are kept.
         self._loads_whole = len(self._shapes) > 1 or self._shapes[0].window is not None
         self._requests: dict[str, _Request] = {}
@@ -182,7 +188,7 @@ class DirectScheduler:
         goal = match_tokens(
             self._shapes, state.present, local_tokens=local_tokens, most_tokens=loadable
         )
-        return goal - local_tokens
+        return goal - local_tokens if self._pays(state, goal) else 0
 
     def allocate(self, request: "Request", blocks: "Sequence[Sequence[int]]", tokens: int) -> None:
         """Order the load of ``tokens`` past the engine's own into a request's blocks, by group."""
@@ -281,12 +287,14 @@ class DirectScheduler:
             blocks_of: Returns a request's blocks, by group.
         """
         orders.is_idle = not scheduled_tokens
+        if self._worth is not None and scheduled_tokens:
+            self._worth.begin_step(scheduled_tokens)
         for request_id in preempted:
             state = self._requests.get(request_id)
             if state is not None and not state.loading:
                 # What it has stored itself meanwhile is worth a new find when it is resumed.
                 self._finds.pop(state.ticket or 0, None)
-                state.ticket, state.present = None, None
+                state.ticket, state.present, state.pays = None, None, None
         if self._is_off:
             orders.finds.clear()
             return
@@ -295,7 +303,9 @@ class DirectScheduler:
                 self._offer(orders, state, tokens, blocks_of)
 
     def take_report(self, report: StepReport) -> None:
-        """Note what workers found and which blocks they no longer need."""
+        """Note what workers found, which blocks they no longer need, and what their loads took."""
+        if self._worth is not None:
+            self._worth.take_reports([*report.ranks.values()])
         for rank, part in report.ranks.items():
             for ticket, flags in part.found.items():
                 self._take_answer(rank, ticket, flags)
@@ -357,6 +367,17 @@ class DirectScheduler:
             for shape, keys in zip(self._shapes, state.keys, strict=True)
         ]
         self._orders.finds.append(FindOrder(ticket=state.ticket, groups=tuple(groups)))
+
+    def _pays(self, state: _Request, goal: int) -> bool:
+        """Whether a request's match is worth loading; decided once, since vLLM may ask in many steps."""
+        if state.pays is None and self._worth is not None and goal > state.local_tokens:
+            chunks = [
+                goal // shape.tokens
+                - max(shape.first_needed(goal), state.local_tokens // shape.tokens)
+                for shape in self._shapes
+            ]
+            state.pays = self._worth.pays(chunks, tokens=goal - state.local_tokens)
+        return state.pays is not False
 
     def _take_answer(self, rank: int, ticket: int, flags: tuple[bytes, ...]) -> None:
         find = self._finds.get(ticket)

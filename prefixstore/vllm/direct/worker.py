@@ -46,6 +46,8 @@ from prefixstore.vllm.direct.messages import (
 )
 from prefixstore.vllm.direct.pages import Pages, join_copies
 from prefixstore.vllm.direct.ring import Lease, StagingRing
+from prefixstore.vllm.direct.worth import LoadNotes
+from prefixstore.vllm.worth import LoadMeter
 
 if TYPE_CHECKING:
     from prefixstore.keys import Key
@@ -168,6 +170,8 @@ class DirectWorker:
         self._started_s = clock.monotonic_s()
         self._finds_waiting: deque[FindOrder] = deque()
         self._finds = Finds(self._next_ticket)
+        self._load_notes = LoadNotes()
+        self._load_meter = LoadMeter(self._load_notes)
         self._loads: dict[str, _Load] = {}
         self._chunks: dict[int, _Chunk] = {}
         self._stores_waiting: deque[StoreOrder] = deque()
@@ -258,6 +262,7 @@ class DirectWorker:
 
     def save(self, orders: StepOrders) -> None:
         """Take a step's stores; the step's forward pass has been submitted."""
+        self._report.ends_step = not orders.is_idle
         for order in orders.stores:
             if order.key in self._keys_storing or len(self._stores_waiting) >= STORES_WAITING_MAX:
                 self._settle(order)
@@ -301,12 +306,18 @@ class DirectWorker:
         report, self._report = self._report, RankReport()
         report.found, self._finds.answers = self._finds.answers, {}
         report.is_off, self._tells_off = self._tells_off, False
-        return report if report.found or report.settled or report.is_off else None
+        report.loads = self._load_notes.take()
+        return report if report.tells else None
 
     @property
     def is_waiting(self) -> bool:
         """Whether requests wait for this worker."""
         return bool(self._loads or self._finds or self._finds_waiting)
+
+    @property
+    def is_storing(self) -> bool:
+        """Whether stores wait for a buffer, or for the end of their copy."""
+        return bool(self._stores_waiting or self._batches)
 
     def abandon(self) -> set[str]:
         """Give everything up after a bug of ours; return what ``poll`` would. Nothing lands any more."""
@@ -384,6 +395,7 @@ class DirectWorker:
         ticket = self._next_ticket()
         self._chunks[ticket] = moving
         load.under_way += 1
+        self._load_meter.begin(ticket, now_s=self._clock.monotonic_s())
         self._client.load(
             ticket,
             [
@@ -553,6 +565,11 @@ class DirectWorker:
                 assert self._client is not None, "it has answered"
                 self._finds.take(completion, self._client)
             case LoadDone():
+                self._load_meter.end(
+                    completion.ticket,
+                    landed_bytes=completion.landed_bytes,
+                    elapsed_s=completion.elapsed_s,
+                )
                 self._take_load(completion)
             case StoreDone():
                 order, lease = self._storing.pop(completion.ticket)
