@@ -258,6 +258,17 @@ def test_prompts_only_stores_no_generated_chunk():
     assert [16, 32] == [store.end_token for store in it.step({"r": 70}).stores]
 
 
+def test_a_request_that_reads_no_cache_waits_for_no_lookup():
+    """It computes all of its prompt; the answer says what need not be stored."""
+    it, r = Harness(ranks=1), request()
+    r.skip_reading_prefix_cache = True
+    it.books.add(r)
+
+    assert 0 == it.books.count_matched(r, 0)
+    it.found(it.step(), 3)
+    assert [64] == [store.end_token for store in it.step({"r": 70}).stores]
+
+
 def test_a_hot_prompt_waits_for_no_lookup():
     """What the engine holds itself starts at once; the answer only says what need not be stored."""
     it, r = Harness(ranks=1), request()

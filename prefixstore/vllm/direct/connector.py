@@ -157,7 +157,8 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: DirectWorker | None = None
         self._scheduler: DirectScheduler | None = None
         if role is KVConnectorRole.SCHEDULER:
-            if self._options.shared_prefixes:
+            # With speculative decoding the store is off, and windows would be kept for nothing.
+            if self._options.shared_prefixes and vllm_config.speculative_config is None:
                 keep_windows(vllm_config, kv_cache_config)
             retention = vllm_config.cache_config.prefix_cache_retention_interval
             self._scheduler = DirectScheduler(

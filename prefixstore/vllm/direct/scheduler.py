@@ -177,7 +177,7 @@ class DirectScheduler:
         if state.present is None:
             self._ask(state)
             is_late = self._clock.monotonic_s() - state.asked_s > self._find_patience_s
-            if loadable <= local_tokens:
+            if loadable <= local_tokens or request.skip_reading_prefix_cache:
                 return 0
             if not is_late and state.ticket is not None:
                 return None
