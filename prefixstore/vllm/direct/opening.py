@@ -19,6 +19,7 @@ from prefixstore.vllm.direct.shapes import divide_memory, layout_field
 from prefixstore.vllm.direct.worker import DirectWorker, Patience
 from prefixstore.vllm.fingerprint import scheduler_fields
 from prefixstore.vllm.layout import SlotLayout, Span
+from prefixstore.vllm.machine import index_dir
 from prefixstore.vllm.weights import WeightDigests
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def open_worker(
             **join_accounts([account]),
             "layout": layout_field(pages, rank=rank, ranks=ranks),
         }
-        store = options.store_config(index_dir=_index_dir())
+        store = options.store_config(index_dir=index_dir())
         worker.bind(
             IoClient(
                 StoreTarget(
@@ -131,12 +132,5 @@ def choose_device(cache: "torch.Tensor") -> Device:
 def _digest_memory() -> "Path | None":
     try:
         return default_index_dir(os.environ).parent / "weights.json"
-    except InvalidError:
-        return None
-
-
-def _index_dir() -> str | None:
-    try:
-        return str(default_index_dir(os.environ))
     except InvalidError:
         return None

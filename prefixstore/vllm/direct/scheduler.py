@@ -442,8 +442,8 @@ class DirectScheduler:
                     continue
                 blocks = blocks_of(request.request_id) if blocks is None else blocks
                 row = blocks[group][number * shape.blocks : (number + 1) * shape.blocks]
-                if NULL_BLOCK in row:
-                    continue  # It has left the window.
+                if NULL_BLOCK in row or len(row) < shape.blocks:
+                    continue  # It has left the window; or not all of it is there to be read.
                 stores.append(self._make_store(state, group, number, blocks=tuple(row)))
         # Parents before children, so that a crash leaves no gap.
         orders.stores += sorted(stores, key=lambda store: store.end_token)
