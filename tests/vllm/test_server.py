@@ -17,12 +17,12 @@ REPLICAS = [{"extra_headers": {"X-data-parallel-rank": str(rank)}} for rank in (
 """Has one replica of a server answer, and not the one with the least to do."""
 
 
-def serve_from_store(server: ApiServer) -> bool:
+def serves_from_store(server: ApiServer, replicas: int = 1) -> bool:
     """Tell whether every replica's store is on; metrics move only while an engine has something to do."""
-    for replica in REPLICAS:
+    for replica in REPLICAS[:replicas]:
         server.complete([5], max_tokens=2, **replica)
     states = re.findall(r'vllm:prefixstore_state{engine="(\d)",.*,state="on"} 1.0', page(server))
-    return states == ["0", "1"]
+    return states == [str(rank) for rank in range(replicas)]
 
 
 def page(server: ApiServer) -> str:
@@ -56,7 +56,7 @@ def test_a_server_of_two_replicas_answers_from_what_a_killed_server_stored(
 
     command = prefixstore_command(*arguments, "--data-parallel-size", "2", options=OPTIONS)
     with start_server(command, env=env) as server:
-        stores.until(lambda: serve_from_store(server), "both stores to be on")
+        stores.until(lambda: serves_from_store(server, len(REPLICAS)), "both stores to be on")
         warm = [server.complete(LONG, **replica) for replica in REPLICAS]
         new = server.complete(OTHER, **REPLICAS[0])
         place.await_blobs(13 + 3)
