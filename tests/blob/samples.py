@@ -57,7 +57,7 @@ def a_header(**changes: object) -> BlobHeader:
         "writer": "ab" * 16,
         "created_s": 1_700_000_000,
     }
-    return BlobHeader(**(fields | changes))  # type: ignore[arg-type]
+    return BlobHeader(**(fields | changes))
 
 
 def sealed(page: bytes | bytearray) -> bytes:

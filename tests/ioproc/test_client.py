@@ -497,9 +497,9 @@ def test_a_copy_that_fails_costs_its_chunk_only(client, fails):
         assert (set(done.stored), set(done.skipped)) == (set(keys[18:]), set(keys[10:18]))
         assert set(done.skipped.values()) == {"error"}
     else:
-        chunks = [slots.load(key, i) for i, key in enumerate(keys[:10])]
-        chunks[:8] = [dataclasses.replace(chunk, land=refuse) for chunk in chunks[:8]]
-        client.load(1, chunks)
+        loads = [slots.load(key, i) for i, key in enumerate(keys[:10])]
+        loads[:8] = [dataclasses.replace(chunk, land=refuse) for chunk in loads[:8]]
+        client.load(1, loads)
         (done,) = await_jobs(client)
         assert (set(done.landed), set(done.missed)) == (set(keys[8:10]), set(keys[:8]))
         assert set(done.missed.values()) == {"error"}

@@ -143,7 +143,7 @@ def test_a_watch_waits_for_the_next_pass_to_be_due(opened: Open) -> None:
     for each in watch_scrub(opened(), interval_s=3600, rate_bytes_s=None, stop=stop, clock=CLOCK):
         seen.append(each)
         if each.state == "done":
-            stop.wait = lambda _timeout_s: False  # type: ignore[method-assign]
+            stop.wait = lambda _timeout_s: False
         else:
             stop.set()
 

@@ -100,7 +100,7 @@ def test_a_blob_that_is_stored_anew_meanwhile_is_no_finding(
 
     def overtaken(*arguments: object) -> bool:
         path.write_bytes(sound)
-        return take(*arguments)  # type: ignore[arg-type]
+        return take(*arguments)
 
     monkeypatch.setattr(Quarantine, "take", overtaken)
     report = verify(store, quarantine=True)

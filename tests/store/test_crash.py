@@ -196,7 +196,7 @@ class Sweep:
 def _unpickled(notes: object) -> Iterator[Diary]:
     while True:
         try:
-            yield pickle.load(notes)  # type: ignore[arg-type]
+            yield pickle.load(notes)
         except EOFError:
             return
 

@@ -125,7 +125,7 @@ def test_the_first_scan_of_an_index_without_room_for_the_root_ends(
 
     def counted(**arguments: object) -> object:
         next(scans)
-        return reconcile(**arguments)  # type: ignore[arg-type]
+        return reconcile(**arguments)
 
     monkeypatch.setattr(store._evictor, "reconcile", counted)
     store.work()

@@ -208,7 +208,7 @@ def test_a_load_that_fails_is_a_miss_or_the_bytes(quick_path, codec, direct_io):
     here = Fixture(str(quick_path / "root"), trace, options)
     trace.reset()
     here.load(OLD)
-    outcomes: dict[str, set[object]] = {}
+    outcomes: dict[str, set[tuple[object, str]]] = {}
     for call in list(trace.calls):
         for fault in [*faults_of(call.name), Fail(errno.ENOENT), Fail(errno.ENOTCONN), Cut(0.9)]:
             if isinstance(fault, Kill):
@@ -380,12 +380,12 @@ def write_pin(path: Path, faulty: FaultyOs) -> None:
 
 def quarantine(path: Path, faulty: FaultyOs) -> None:
     here = Fixture(str(path / "root"), faulty)
-    Quarantine(here.root, bytes_max=10_000).take(here.namespace, NEW, "digest")  # type: ignore[arg-type]
+    Quarantine(here.root, bytes_max=10_000).take(here.namespace, NEW, "digest")
 
 
 def a_pin(root: Root, key: object) -> Pin:
     namespace = root.namespace(FIELDS, create=True)
-    return Pin(name="system", namespace=namespace, keys=(key,), created_s=1)  # type: ignore[arg-type]
+    return Pin(name="system", namespace=namespace, keys=(key,), created_s=1)
 
 
 def error_of(

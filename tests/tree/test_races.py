@@ -106,7 +106,7 @@ def tear(path: Path, source: random.Random) -> None:
 def store(here: Fixture, key: bytes, codec: Codec) -> None:
     """Store, where others may evict and tear as fast as this stores."""
     try:
-        here.store(key, codec=codec)  # type: ignore[arg-type]
+        here.store(key, codec=codec)
     except UnavailableError as error:
         assert "vanished" in str(error), error  # noqa: PT017 - anything else is a failure
 

@@ -146,7 +146,9 @@ def test_a_question_that_cannot_be_put_is_a_miss(
     served = engine.serve("r", lora) if adapted else engine.driver.serve("r", KEYS)
 
     assert 0 == served
-    assert {("_try_find",): 1} == tier.get_stats().data["data"]["vllm:prefixstore_failed_callbacks"]
+    stats = tier.get_stats()
+    assert stats is not None
+    assert {("_try_find",): 1} == stats.data["data"]["vllm:prefixstore_failed_callbacks"]
 
 
 def test_a_proof_that_cannot_be_asked_for_is_a_miss(

@@ -124,7 +124,7 @@ OTHERS = (
         name="the Transformers library's version, for models that run on it",
         differs="libraries.transformers",
         both=set_in("model_config", _architecture="Olmo2ForCausalLM"),
-        patch=lambda patch: patch.setattr(fingerprint.metadata, "version", lambda _name: "9.9"),
+        patch=lambda patch: patch.setattr("importlib.metadata.version", lambda _name: "9.9"),
     ),
     Change(name="`--model-impl`", differs="code.model_impl", arguments={"model_impl": "vllm"}),
     Change(name="`--load-format`", differs="loading", arguments={"load_format": "safetensors"}),

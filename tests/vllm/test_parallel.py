@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from prefixstore.blob.header import HEADER_BYTES
 from tests.vllm import stores
 from tests.vllm.stores import FLOAT32, LONG, Place
 
@@ -27,4 +28,4 @@ def test_two_workers_store_together_and_their_next_engine_loads(
     assert [0, 13, 7] == stores.cached_chunks([cold, warm, sharing])
     assert stores.outputs([cold]) == stores.outputs([warm])
     sizes = {blob.stat().st_size for blob in place.blobs().values()}
-    assert {stores.TINY_CHUNK_BYTES + stores.HEADER_BYTES} == sizes, "both workers' shares"
+    assert {stores.TINY_CHUNK_BYTES + HEADER_BYTES} == sizes, "both workers' shares"
