@@ -3,7 +3,6 @@
 Books only: no I/O, no clock of its own. Not thread-safe.
 """
 
-import logging
 from collections.abc import Mapping
 from typing import Literal
 
@@ -13,8 +12,6 @@ from prefixstore.vllm.lookups import Budget, RequestLookup
 from prefixstore.vllm.worth import LoadMeter, LoadWorth, PrefillMeter
 
 __all__ = ["Admission"]
-
-logger = logging.getLogger("prefixstore")
 
 PATIENCE_S = 20.0
 """How long a match waits for room in the CPU tier before it is recomputed instead.
@@ -65,7 +62,10 @@ class Admission:
         wanted = lookup.wanted()
         if wanted and request_id not in self._waits_since_s:
             load_bytes = sum(payload_bytes[kv_group(key)] for key in wanted)
-            if not self._pays(load_bytes, lookup.saved_tokens(wanted), now_s=now_s):
+            tokens = lookup.saved_tokens(wanted)
+            if self._policy == "auto" and not self._worth.pays(
+                load_bytes=load_bytes, tokens=tokens, now_s=now_s
+            ):
                 lookup.decide(())
                 self._observed.count(metrics.DECLINED_HITS, "slower", by=len(wanted))
                 return
@@ -83,13 +83,3 @@ class Admission:
         """End what was promised to a request: it was scheduled, or has ended."""
         self._budget.release(request_id)
         self._waits_since_s.pop(request_id, None)
-
-    def _pays(self, load_bytes: int, tokens: int, *, now_s: float) -> bool:
-        """Whether a match is worth loading, by what loads and prefills took so far."""
-        if self._policy == "always":
-            return True
-        was_declining = self._worth.declining
-        pays = self._worth.pays(load_bytes=load_bytes, tokens=tokens, now_s=now_s)
-        if self._worth.declining != was_declining:
-            logger.warning("%s", self._worth.account(load_bytes=load_bytes, tokens=tokens))
-        return pays

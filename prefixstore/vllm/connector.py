@@ -14,10 +14,8 @@ turns it off when the weights may have changed, and tells it of adapters.
 import copy
 import functools
 import logging
-import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
@@ -33,8 +31,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import Of
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 
 from prefixstore.clock import SystemClock
-from prefixstore.errors import InvalidError, PrefixStoreError
-from prefixstore.index.place import default_index_dir
+from prefixstore.errors import PrefixStoreError
 from prefixstore.vllm.adapters import Adapters, AdapterUse, lora_settings
 from prefixstore.vllm.backends import WorkerAccount, describe_worker, join_accounts
 from prefixstore.vllm.compat import check_version, forget_blocks, missing_seams, register_name
@@ -43,7 +40,7 @@ from prefixstore.vllm.engine_calls import listen_to_engine
 from prefixstore.vllm.fingerprint import scheduler_fields
 from prefixstore.vllm.guard import guarded
 from prefixstore.vllm.layout import join_workers
-from prefixstore.vllm.machine import machine_memory, name_shared_memory
+from prefixstore.vllm.machine import digest_memory, machine_memory, name_shared_memory
 from prefixstore.vllm.options import expand
 from prefixstore.vllm.shapes import check_shape, describe_reaches, keep_windows, name_unseen
 from prefixstore.vllm.spec import PrefixStoreSpec
@@ -216,7 +213,9 @@ class PrefixStoreConnector(OffloadingConnector):
     def _bind(self, accounts: list[WorkerAccount]) -> None:
         try:
             assert self._tier is not None, "called in the scheduler's process"
-            digests = WeightDigests(_digest_memory(), full=_reads_in_full(self._engine_config))
+            digests = WeightDigests(
+                digest_memory("weights"), full=_reads_in_full(self._engine_config)
+            )
             fields = {
                 **scheduler_fields(self._engine_config, self._cache_config, digests=digests),
                 **join_accounts(accounts),
@@ -432,7 +431,7 @@ def _make_adapters(config: "VllmConfig") -> Adapters | None:
     return Adapters(
         capacity=config.lora_config.max_cpu_loras or config.lora_config.max_loras,
         settings=lora_settings(config.lora_config),
-        digests=WeightDigests(_digest_memory("adapters"), full=_reads_in_full(config)),
+        digests=WeightDigests(digest_memory("adapters"), full=_reads_in_full(config)),
         clock=CLOCK,
     )
 
@@ -468,14 +467,6 @@ def _reads_in_full(config: "VllmConfig") -> bool:
     assert transfer is not None, "vLLM builds a connector from it"
     (tier,) = transfer.kv_connector_extra_config["secondary_tiers"]
     return bool(tier.get("weights") == "full")
-
-
-def _digest_memory(name: str = "weights") -> Path | None:
-    """Return the file that remembers digests; None where the user has no cache."""
-    try:
-        return default_index_dir(os.environ).parent / f"{name}.json"
-    except InvalidError:
-        return None
 
 
 def _share_engine_log() -> None:

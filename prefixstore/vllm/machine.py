@@ -11,7 +11,7 @@ from prefixstore.errors import InvalidError
 from prefixstore.index.place import default_index_dir
 from prefixstore.vllm.options import MachineMemory
 
-__all__ = ["index_dir", "machine_memory", "memory_limits", "name_shared_memory"]
+__all__ = ["digest_memory", "index_dir", "machine_memory", "memory_limits", "name_shared_memory"]
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where vLLM puts the CPU tier
 PROC = Path("/proc")
@@ -24,6 +24,12 @@ def index_dir() -> str | None:
         return str(default_index_dir(os.environ))
     except InvalidError:
         return None
+
+
+def digest_memory(name: str) -> Path | None:
+    """Return the user's file that remembers digests of what is called so; None without a place for it."""
+    place = index_dir()
+    return None if place is None else Path(place).parent / f"{name}.json"
 
 
 def machine_memory() -> MachineMemory:

@@ -10,10 +10,13 @@ about as fast. While they are declined one is let through from time to time, sin
 whether loads have become faster.
 """
 
+import logging
 from collections import deque
 from dataclasses import dataclass, field
 
 __all__ = ["LoadMeter", "LoadWorth", "PrefillMeter", "Rate"]
+
+logger = logging.getLogger("prefixstore")
 
 DECAY = 0.9
 """Weight of what was seen before, for each new observation: some twenty of them decide."""
@@ -123,7 +126,7 @@ class LoadMeter:
 
 @dataclass(slots=True)
 class LoadWorth:
-    """Decides for each match. Not thread-safe.
+    """Decides for each match, and logs when what it decides changes. Not thread-safe.
 
     Attributes:
         loads: Bytes that loads brought, over their time.
@@ -156,6 +159,8 @@ class LoadWorth:
             return True
         was_declining = self.declining
         self.declining = ratio > (PAYS_AT if was_declining else LOSES_BY)
+        if self.declining is not was_declining:
+            logger.warning("%s", self._account(ratio, tokens))
         if not self.declining:
             return True
         if was_declining and now_s - self._probed_s >= PROBE_INTERVAL_S:
@@ -165,9 +170,8 @@ class LoadWorth:
             self._probed_s = now_s
         return False
 
-    def account(self, *, load_bytes: int, tokens: int) -> str:
+    def _account(self, ratio: float, tokens: int) -> str:
         """Say in a sentence what is done with matches now, and on which evidence."""
-        ratio = self.expected_ratio(load_bytes=load_bytes, tokens=tokens) or 0.0
         return (
             f"stored matches are {'declined' if self.declining else 'loaded again'}: loading {tokens} "
             f"tokens would take {ratio:.1f} times as long as computing them "

@@ -114,6 +114,21 @@ def test_declined_matches_are_probed_and_come_back() -> None:
     assert worth.pays(**MATCH, now_s=31.0)
 
 
+def test_only_a_change_of_what_is_decided_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """An operator reads once that hits are declined, on which figures, and once that they are back."""
+    worth = judged(load_s=10.0, prefill_s=1.0)
+    for _ in range(5):
+        worth.pays(**MATCH, now_s=0.0)
+    for _ in range(100):
+        worth.loads.note(1000, 0.1)
+    for _ in range(5):
+        worth.pays(**MATCH, now_s=1.0)
+
+    declined, back = caplog.messages
+    assert "matches are declined: loading 100 tokens would take 10.0 times as long" in declined
+    assert "matches are loaded again" in back
+
+
 def test_steps_that_overlap_are_measured_one_after_the_other() -> None:
     """A step scheduled while another runs begins when that one ends."""
     meter = PrefillMeter()

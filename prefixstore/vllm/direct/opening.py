@@ -1,6 +1,5 @@
 """How a worker of the direct path comes to be: pages, device, ring, and then its part of the store."""
 
-import os
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -8,7 +7,6 @@ import torch
 from vllm.platforms import current_platform
 
 from prefixstore.errors import InvalidError
-from prefixstore.index.place import default_index_dir
 from prefixstore.ioproc.client import IoClient
 from prefixstore.ioproc.jobs import StoreTarget
 from prefixstore.vllm.backends import describe_worker, join_accounts
@@ -19,12 +17,11 @@ from prefixstore.vllm.direct.shapes import divide_memory, layout_field
 from prefixstore.vllm.direct.worker import DirectWorker, Patience
 from prefixstore.vllm.fingerprint import scheduler_fields
 from prefixstore.vllm.layout import SlotLayout, Span
-from prefixstore.vllm.machine import index_dir
+from prefixstore.vllm.machine import digest_memory, index_dir
 from prefixstore.vllm.weights import WeightDigests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -84,7 +81,7 @@ def open_worker(
     )
 
     def bind() -> None:
-        digests = WeightDigests(_digest_memory(), full=options.weights == "full")
+        digests = WeightDigests(digest_memory("weights"), full=options.weights == "full")
         fields = {
             **scheduler_fields(config, caches, digests=digests),
             **join_accounts([account]),
@@ -127,10 +124,3 @@ def choose_device(cache: "torch.Tensor") -> Device:
 
         return CudaDevice(torch, index=cache.device.index or 0, copy_batch=swap_blocks_batch)
     raise InvalidError(f"mode=direct knows CPUs and CUDA, not {cache.device}: use mode=tier")
-
-
-def _digest_memory() -> "Path | None":
-    try:
-        return default_index_dir(os.environ).parent / "weights.json"
-    except InvalidError:
-        return None

@@ -4,7 +4,6 @@ Each rank loads a part of its own, beside the others: so bytes are one rank's, a
 its loads is an observation. The decision itself is the tier's too (``prefixstore.vllm.worth``).
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     from prefixstore.vllm.direct.messages import RankReport
 
 __all__ = ["LoadNotes", "MatchWorth"]
-
-logger = logging.getLogger("prefixstore")
 
 
 class LoadNotes(Rate):
@@ -77,12 +74,9 @@ class MatchWorth:
         load_bytes = sum(
             count * size for count, size in zip(chunks, self._chunk_bytes, strict=True)
         )
-        was_declining = self._worth.declining
         pays = self._worth.pays(
             load_bytes=load_bytes, tokens=tokens, now_s=self._clock.monotonic_s()
         )
-        if self._worth.declining is not was_declining:
-            logger.warning("%s", self._worth.account(load_bytes=load_bytes, tokens=tokens))
         if not pays:
             self._declined(sum(chunks))
         return pays
