@@ -30,7 +30,7 @@ from prefixstore.index.changes import learn, parts, remove, touch
 from prefixstore.index.environment import MAP_BYTES_MAX, Environment, Transaction
 from prefixstore.index.limits import check_mark, gallop
 from prefixstore.index.opening import close_in, open_in
-from prefixstore.index.place import Host, Slot, claim_slot, this_host
+from prefixstore.index.place import Host, Seat, claim_seat, this_host
 from prefixstore.index.records import Record, RowKey, check_record, namespace_prefix
 from prefixstore.index.tables import all_sums, count_of, mark_of, rows_of, write_counts, write_mark
 from prefixstore.index.walk import Walk, rows_with_refs
@@ -54,10 +54,10 @@ class LmdbIndex:
     has_forgotten = False
     """It grows instead; what it has no room for is an error."""
 
-    def __init__(self, environment: Environment, slot: Slot, *, clock: Clock) -> None:
-        """Take over one ``acquire`` of the environment and the slot; ``open`` is the way to make one."""
+    def __init__(self, environment: Environment, seat: Seat, *, clock: Clock) -> None:
+        """Take over one ``acquire`` of the environment and the seat; ``open`` is the way to make one."""
         self._environment = environment
-        self._slot = slot
+        self._seat = seat
         self._clock = clock
         self._tables = environment.tables
         self._closed = False
@@ -89,23 +89,23 @@ class LmdbIndex:
             host: This host's facts if None.
 
         Raises:
-            InvalidError: ``index_dir`` must not hold an index; see ``place.claim_slot``.
+            InvalidError: ``index_dir`` must not hold an index; see ``place.claim_seat``.
             UnavailableError: It cannot now.
         """
         clock = clock or SystemClock()
-        slot = claim_slot(index_dir, store_id=store_id, host=host or this_host(), clock=clock)
+        seat = claim_seat(index_dir, store_id=store_id, host=host or this_host(), clock=clock)
         try:
             environment = open_in(
-                slot,
+                seat,
                 map_bytes=map_bytes,
                 map_bytes_max=map_bytes_max,
                 discard_first=discard,
                 clock=clock,
             )
         except BaseException:
-            slot.close()
+            seat.close()
             raise
-        return cls(environment, slot, clock=clock)
+        return cls(environment, seat, clock=clock)
 
     def get_many(self, namespace: NamespaceId, keys: Sequence[Key]) -> list[Record | None]:
         """Return what is known of each key, in order."""
@@ -232,9 +232,9 @@ class LmdbIndex:
         self._write(work)
 
     @property
-    def slot_number(self) -> int:
-        """Which of the host's slots this process shares with its PID namespace."""
-        return self._slot.number
+    def seat_number(self) -> int:
+        """Which of the host's seats this process shares with its PID namespace."""
+        return self._seat.number
 
     def map_bytes(self) -> int:
         """Return the size of the map: address space, an upper bound of the file."""
@@ -242,10 +242,10 @@ class LmdbIndex:
         return self._environment.map_bytes()
 
     def close(self) -> None:
-        """Let go of the environment and the slot; idempotent."""
+        """Let go of the environment and the seat; idempotent."""
         if not self._closed:
             self._closed = True
-            close_in(self._slot, self._environment, clock=self._clock)
+            close_in(self._seat, self._environment, clock=self._clock)
 
     def __enter__(self) -> Self:
         return self

@@ -1,12 +1,12 @@
-"""From a slot to an open environment: probe, discard, open; and the note of a clean close.
+"""From a seat to an open environment: probe, discard, open; and the note of a clean close.
 
 A damaged LMDB file kills the process that reads it, so a child process reads it first. That costs
 some 0.1 s and is skipped when nothing can have changed:
 
     the data file is as the last clean close left it (inode, size, times), or
-    the slot is in use and the first of its users had this very file probed.
+    the seat is in use and the first of its users had this very file probed.
 
-Everything here runs under the slot's opening lock: one process of the slot at a time.
+Everything here runs under the seat's opening lock: one process of the seat at a time.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from prefixstore.errors import UnavailableError
 from prefixstore.index import sharing
 from prefixstore.index.environment import FORMAT_NAME, Environment
 from prefixstore.index.files import DAMAGED_NAME, DATA_NAME, note_in, write_note
-from prefixstore.index.place import Slot
+from prefixstore.index.place import Seat
 from prefixstore.index.probe import Verdict, probe
 
 __all__ = ["close_in", "discard", "open_in"]
@@ -28,24 +28,24 @@ CLOSED_NAME = "closed"
 
 
 def open_in(
-    slot: Slot, *, map_bytes: int, map_bytes_max: int, discard_first: bool, clock: Clock
+    seat: Seat, *, map_bytes: int, map_bytes_max: int, discard_first: bool, clock: Clock
 ) -> Environment:
-    """Open the environment of ``slot``; one that is damaged is discarded and started anew.
+    """Open the environment of ``seat``; one that is damaged is discarded and started anew.
 
     An environment that this process has open already is shared as it is.
 
     Raises:
         UnavailableError: It cannot be opened now.
     """
-    path = slot.path / FORMAT_NAME
+    path = seat.path / FORMAT_NAME
 
     def acquire() -> Environment:
         return sharing.acquire(path, map_bytes=map_bytes, map_bytes_max=map_bytes_max, clock=clock)
 
-    with slot.opening(clock):
+    with seat.opening(clock):
         try:
             path.mkdir(mode=0o700, exist_ok=True)
-            if not sharing.is_open(path) and (discard_first or not fit_to_open(slot.path, path)):
+            if not sharing.is_open(path) and (discard_first or not fit_to_open(seat.path, path)):
                 discard(path)
             try:
                 opened = acquire()
@@ -54,7 +54,7 @@ def open_in(
                     raise
                 discard(path)
                 opened = acquire()
-            write_note(slot.path / PROBED_NAME, str(identity(path)[0]))
+            write_note(seat.path / PROBED_NAME, str(identity(path)[0]))
         except OSError as error:
             if isinstance(error, UnavailableError):
                 raise
@@ -65,31 +65,31 @@ def open_in(
     return opened
 
 
-def close_in(slot: Slot, opened: Environment, *, clock: Clock) -> None:
-    """Give back the environment and the slot; the last user of this process notes a clean close.
+def close_in(seat: Seat, opened: Environment, *, clock: Clock) -> None:
+    """Give back the environment and the seat; the last user of this process notes a clean close.
 
     If others still write, the note no longer fits the file, and a probe follows.
     """
-    path = slot.path / FORMAT_NAME
+    path = seat.path / FORMAT_NAME
     sharing.release(opened)
     # Without the note the next opening probes.
     with contextlib.suppress(OSError):
         if opened.unusable is None and not sharing.is_open(path):
-            with slot.opening(clock):
-                write_note(slot.path / CLOSED_NAME, " ".join(map(str, identity(path))))
-    slot.close()
+            with seat.opening(clock):
+                write_note(seat.path / CLOSED_NAME, " ".join(map(str, identity(path))))
+    seat.close()
 
 
-def fit_to_open(slot_path: Path, path: Path) -> bool:
+def fit_to_open(seat_path: Path, path: Path) -> bool:
     """Say whether this process may open the data file: absent, unchanged since, or probed."""
     if (path / DAMAGED_NAME).exists():
         return False
     found = identity(path)
     if found == ABSENT:
         return True
-    if note_in(slot_path / CLOSED_NAME) == " ".join(map(str, found)):
+    if note_in(seat_path / CLOSED_NAME) == " ".join(map(str, found)):
         return True
-    if note_in(slot_path / PROBED_NAME) == str(found[0]):
+    if note_in(seat_path / PROBED_NAME) == str(found[0]):
         return True
     return probe(path) is Verdict.FIT
 

@@ -1,7 +1,7 @@
 """Where this host keeps the index of a store, and who may share it.
 
-    <index_dir>/<store id>/<boot id>/slot-<k>.lock   flock'd by its users; names their PID namespace
-                                     slot-<k>/       held through that lock
+    <index_dir>/<store id>/<boot id>/seat-<k>.lock   flock'd by its users; names their PID namespace
+                                     seat-<k>/       held through that lock
                                          opening.lock   one opens, probes or discards at a time
                                          probed         the inode that a probe passed, while in use
                                          closed         inode, size and time at the last clean close
@@ -10,8 +10,8 @@
 * **Boot id.** A file of another boot may be torn by a power cut, because LMDB runs without syncing.
   Directories of other boots are removed unopened.
 * **PID namespace.** LMDB knows readers by their pid, so two containers must not share one
-  environment. The processes of one PID namespace share a slot; another namespace takes the next one.
-  A slot that nobody holds is taken over with what it holds, so a restarted container stays warm.
+  environment. The processes of one PID namespace share a seat; another namespace takes the next one.
+  A seat that nobody holds is taken over with what it holds, so a restarted container stays warm.
 * **Local.** ``filesystems`` refuses network filesystems before anything is made.
 * **Private.** LMDB trusts its file, so directories are 0700 and must belong to this user.
 
@@ -40,9 +40,9 @@ from prefixstore.index.filesystems import (
     nearest_existing,
 )
 
-__all__ = ["SLOTS_MAX", "Host", "Slot", "claim_slot", "default_index_dir", "this_host"]
+__all__ = ["SEATS_MAX", "Host", "Seat", "claim_seat", "default_index_dir", "this_host"]
 
-SLOTS_MAX = 64
+SEATS_MAX = 64
 """Containers of one host that use one index directory at a time; the next one runs without."""
 OPENING_WAIT_S = 30.0
 """How long to wait for another process that opens: longer than a probe may take."""
@@ -50,7 +50,7 @@ OPENING_POLL_S = 0.02
 OWNER_BYTES_MAX = 64
 CLAIM_POLLS = 50
 CLAIM_POLL_S = 0.01
-"""How long, and how often, to ask whose a slot is that another process is just taking over."""
+"""How long, and how often, to ask whose a seat is that another process is just taking over."""
 STORE_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,63}")
 BOOT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 """Only what looks like a boot id is ever removed as another boot's directory."""
@@ -102,14 +102,14 @@ def default_index_dir(environ: Mapping[str, str]) -> Path:
     )
 
 
-class Slot:
+class Seat:
     """The right to use one directory, held by an flock until ``close``.
 
-    Safe for concurrent use; several slots of one process may hold the same directory.
+    Safe for concurrent use; several seats of one process may hold the same directory.
 
     Attributes:
         path: The directory; it exists.
-        number: Which slot it is.
+        number: Which seat it is.
     """
 
     def __init__(self, path: Path, *, number: int, lock_fd: int) -> None:
@@ -119,7 +119,7 @@ class Slot:
 
     @contextlib.contextmanager
     def opening(self, clock: Clock) -> Iterator[None]:
-        """Be the only one of this slot's users who opens, probes, discards or closes.
+        """Be the only one of this seat's users who opens, probes, discards or closes.
 
         Raises:
             UnavailableError: Another process has been at it for ``OPENING_WAIT_S``.
@@ -156,14 +156,14 @@ class Slot:
         self.close()
 
 
-def claim_slot(
+def claim_seat(
     index_dir: str | Path,
     *,
     store_id: str,
     host: Host,
     clock: Clock,
     filesystem: Callable[[Path], Filesystem] = filesystem_of,
-) -> Slot:
+) -> Seat:
     """Find the directory of this store, boot and PID namespace, and hold it.
 
     Args:
@@ -175,7 +175,7 @@ def claim_slot(
 
     Raises:
         InvalidError: The directory is on a network filesystem or belongs to someone else.
-        UnavailableError: It cannot be made or written, or every slot is held.
+        UnavailableError: It cannot be made or written, or every seat is held.
     """
     if not STORE_ID.fullmatch(store_id) or not BOOT_ID.fullmatch(host.boot_id):
         raise InvalidError(f"an index cannot be kept for store {store_id!r}, boot {host.boot_id!r}")
@@ -188,10 +188,10 @@ def claim_slot(
         make_private(boot_dir)
         check_local(boot_dir, filesystem(boot_dir))
         remove_other_boots(boot_dir)
-        for number in preferred_slots(boot_dir, owner=host.pid_namespace):
-            slot = try_claim(boot_dir, number=number, owner=host.pid_namespace, clock=clock)
-            if slot is not None:
-                return slot
+        for number in preferred_seats(boot_dir, owner=host.pid_namespace):
+            seat = try_claim(boot_dir, number=number, owner=host.pid_namespace, clock=clock)
+            if seat is not None:
+                return seat
     except PrefixStoreError:
         raise
     except OSError as error:
@@ -200,29 +200,29 @@ def claim_slot(
             "set index_dir to a directory that this user may write"
         ) from error
     raise UnavailableError(
-        f"all {SLOTS_MAX} index slots in {boot_dir} are held by other containers; "
+        f"all {SEATS_MAX} index seats in {boot_dir} are held by other containers; "
         "give some of them another index_dir"
     )
 
 
-def preferred_slots(boot_dir: Path, *, owner: str) -> list[int]:
-    """Return all slot numbers, those that name ``owner`` first: there its siblings or its past are."""
-    return sorted(range(SLOTS_MAX), key=lambda number: slot_owner(boot_dir, number) != owner)
+def preferred_seats(boot_dir: Path, *, owner: str) -> list[int]:
+    """Return all seat numbers, those that name ``owner`` first: there its siblings or its past are."""
+    return sorted(range(SEATS_MAX), key=lambda number: seat_owner(boot_dir, number) != owner)
 
 
-def slot_owner(boot_dir: Path, number: int) -> str:
-    """Return whom a slot's lock file names; "" if it does not exist."""
+def seat_owner(boot_dir: Path, number: int) -> str:
+    """Return whom a seat's lock file names; "" if it does not exist."""
     try:
-        with (boot_dir / f"slot-{number}.lock").open(encoding="ascii") as file:
+        with (boot_dir / f"seat-{number}.lock").open(encoding="ascii") as file:
             return file.read(OWNER_BYTES_MAX)
     except FileNotFoundError:
         return ""
 
 
-def try_claim(boot_dir: Path, *, number: int, owner: str, clock: Clock) -> Slot | None:
-    """Hold slot ``number`` if it is free or this PID namespace's already; else return None."""
-    path = boot_dir / f"slot-{number}"
-    descriptor = open_lock_file(boot_dir / f"slot-{number}.lock")
+def try_claim(boot_dir: Path, *, number: int, owner: str, clock: Clock) -> Seat | None:
+    """Hold seat ``number`` if it is free or this PID namespace's already; else return None."""
+    path = boot_dir / f"seat-{number}"
+    descriptor = open_lock_file(boot_dir / f"seat-{number}.lock")
     try:
         for _ in range(CLAIM_POLLS):
             if try_flock(descriptor, fcntl.LOCK_EX):
@@ -242,7 +242,7 @@ def try_claim(boot_dir: Path, *, number: int, owner: str, clock: Clock) -> Slot 
         if os.pread(descriptor, OWNER_BYTES_MAX, 0) != owner.encode():
             return None
         claimed, descriptor = descriptor, -1
-        return Slot(path, number=number, lock_fd=claimed)
+        return Seat(path, number=number, lock_fd=claimed)
     finally:
         if descriptor >= 0:
             os.close(descriptor)
@@ -258,7 +258,7 @@ def remove_other_boots(boot_dir: Path) -> None:
             continue
         with contextlib.ExitStack() as stack:
             free = True
-            for lock_path in other.glob("slot-*.lock"):
+            for lock_path in other.glob("seat-*.lock"):
                 descriptor = open_lock_file(lock_path)
                 stack.callback(os.close, descriptor)
                 free = free and try_flock(descriptor, fcntl.LOCK_EX)

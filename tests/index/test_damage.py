@@ -64,7 +64,7 @@ def written(tmp_path):
 
 
 def data_file(tmp_path):
-    (path,) = (tmp_path / "index").glob("store/*/slot-0/lmdb*/data.mdb")
+    (path,) = (tmp_path / "index").glob("store/*/seat-0/lmdb*/data.mdb")
     return path
 
 

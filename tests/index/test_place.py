@@ -15,7 +15,7 @@ from prefixstore.errors import InvalidError, UnavailableError
 from prefixstore.index import place
 from prefixstore.index.filesystems import LOCAL, NOT_LOCAL, filesystem_of, named
 from prefixstore.index.lmdb_index import LmdbIndex
-from prefixstore.index.place import Host, claim_slot, default_index_dir, this_host
+from prefixstore.index.place import Host, claim_seat, default_index_dir, this_host
 from prefixstore.testing.index_contract import ONE, chain, entries
 
 BOOT = "00000000-1111-2222-3333-444444444444"
@@ -25,8 +25,8 @@ THERE = Host(boot_id=BOOT, pid_namespace="4026532000")
 
 
 def claim(base, *, host=HERE, store_id="store", **options):
-    """Claim a slot as one process would."""
-    return claim_slot(base, store_id=store_id, host=host, clock=SystemClock(), **options)
+    """Claim a seat as one process would."""
+    return claim_seat(base, store_id=store_id, host=host, clock=SystemClock(), **options)
 
 
 def on(magic):
@@ -47,8 +47,8 @@ def test_network_filesystems_are_refused(tmp_path, magic):
 @pytest.mark.parametrize("magic", LOCAL, ids=hex)
 def test_local_filesystems_are_taken(tmp_path, magic):
     """Filesystems of one kernel are fine."""
-    with claim(tmp_path, filesystem=on(magic)) as slot:
-        assert slot.path.is_dir()
+    with claim(tmp_path, filesystem=on(magic)) as seat:
+        assert seat.path.is_dir()
 
 
 def test_a_mount_below_is_seen(tmp_path):
@@ -95,21 +95,21 @@ def test_no_default_directory():
         default_index_dir({"HOME": ""})
 
 
-def test_one_namespace_shares_a_slot(tmp_path):
+def test_one_namespace_shares_a_seat(tmp_path):
     """Processes that see each other's pids use one environment."""
     with claim(tmp_path) as one, claim(tmp_path) as two:
         assert one.path == two.path
-        assert one.path.parts[-3:] == ("store", BOOT, "slot-0")
+        assert one.path.parts[-3:] == ("store", BOOT, "seat-0")
 
 
-def test_another_namespace_gets_another_slot(tmp_path):
+def test_another_namespace_gets_another_seat(tmp_path):
     """Pids that mean different processes never meet in one environment."""
     with claim(tmp_path) as one, claim(tmp_path, host=THERE) as two, claim(tmp_path) as three:
         assert [one.number, two.number, three.number] == [0, 1, 0]
 
 
 def test_siblings_find_each_other(tmp_path):
-    """A process joins its namespace's slot even where a lower one has become free."""
+    """A process joins its namespace's seat even where a lower one has become free."""
     first = claim(tmp_path)
     second = claim(tmp_path, host=THERE)
     first.close()
@@ -118,7 +118,7 @@ def test_siblings_find_each_other(tmp_path):
     second.close()
 
 
-def test_a_free_slot_is_taken_over_warm(tmp_path):
+def test_a_free_seat_is_taken_over_warm(tmp_path):
     """A restarted container finds the rows of its predecessor, although its namespace is new."""
     keys = chain(3)
     with LmdbIndex.open(tmp_path, store_id="store", host=HERE) as index:
@@ -157,31 +157,31 @@ def test_only_boots_are_discarded(tmp_path):
 def test_a_boot_in_use_stays(tmp_path):
     """A container that is shown a made-up boot id loses nothing while it lives."""
     later = Host(boot_id=OTHER_BOOT, pid_namespace="1")
-    with claim(tmp_path) as slot, claim(tmp_path, host=later):
-        assert slot.path.is_dir()
+    with claim(tmp_path) as seat, claim(tmp_path, host=later):
+        assert seat.path.is_dir()
     with claim(tmp_path, host=later):
-        assert not slot.path.exists()
+        assert not seat.path.exists()
 
 
-def test_slots_run_out(tmp_path):
+def test_seats_run_out(tmp_path):
     """Beyond the limit a container is told to go without, and why."""
     held = [
         claim(tmp_path, host=Host(boot_id=BOOT, pid_namespace=str(at)))
-        for at in range(place.SLOTS_MAX)
+        for at in range(place.SEATS_MAX)
     ]
     with pytest.raises(UnavailableError, match="index_dir"):
         claim(tmp_path)
     held[7].close()
-    with claim(tmp_path) as slot:
-        assert slot.number == 7
-    for slot in held:
-        slot.close()
+    with claim(tmp_path) as seat:
+        assert seat.number == 7
+    for seat in held:
+        seat.close()
 
 
 def test_directories_are_private(tmp_path):
     """Nobody else may read or write what LMDB trusts."""
-    with claim(tmp_path / "base") as slot:
-        for path in (tmp_path / "base", *slot.path.parents[:2], slot.path):
+    with claim(tmp_path / "base") as seat:
+        for path in (tmp_path / "base", *seat.path.parents[:2], seat.path):
             assert path.stat().st_mode & 0o777 == 0o700
 
 
@@ -203,11 +203,11 @@ def test_forged_directories_are_refused(tmp_path, forge):
 
 def test_lock_files_follow_no_links(tmp_path):
     """A link in place of a lock file is not written through."""
-    with claim(tmp_path) as slot:
-        boot = slot.path.parent
-    (boot / "slot-0.lock").unlink()
+    with claim(tmp_path) as seat:
+        boot = seat.path.parent
+    (boot / "seat-0.lock").unlink()
     (tmp_path / "victim").write_text("precious")
-    (boot / "slot-0.lock").symlink_to(tmp_path / "victim")
+    (boot / "seat-0.lock").symlink_to(tmp_path / "victim")
     with pytest.raises(UnavailableError, match="index_dir"):
         claim(tmp_path)
     assert (tmp_path / "victim").read_text() == "precious"
@@ -241,11 +241,11 @@ def test_removed_while_held(tmp_path):
 
 
 def test_many_processes_claim_at_once(tmp_path, children):
-    """Of one namespace all get the same slot, however close they start."""
+    """Of one namespace all get the same seat, however close they start."""
 
     def claim_and_note():
-        with claim(tmp_path / "base") as slot:
-            (tmp_path / f"claimed-{os.getpid()}").write_text(str(slot.number))
+        with claim(tmp_path / "base") as seat:
+            (tmp_path / f"claimed-{os.getpid()}").write_text(str(seat.number))
             signal.pause()
 
     pids = [children.start(claim_and_note) for _ in range(8)]
@@ -263,7 +263,7 @@ CONTAINER = """
     with LmdbIndex.open(sys.argv[1], store_id="store") as index:
         keys = chain(100, seed=int(sys.argv[2]))
         index.put_many(entries(keys, used_s=1))
-        print(index.slot_number, flush=True)
+        print(index.seat_number, flush=True)
         sys.stdin.readline()
         assert index.known_prefix(ONE, keys) == 100
         index.touch_many(ONE, keys, used_s=2)

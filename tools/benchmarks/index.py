@@ -125,7 +125,7 @@ def main() -> None:
                 times=options.times,
                 with_busy=not options.no_busy,
             )
-        (data,) = Path(directory).glob("bench/*/slot-0/*/data.mdb")
+        (data,) = Path(directory).glob("bench/*/seat-0/*/data.mdb")
         rows = CHAIN * (options.chains + options.times + (0 if options.no_busy else 3))
         print(f"  {data.stat().st_size / rows:.0f} bytes of file a row")
         print(f"  probe in a child   {median_ms(lambda: probe(data.parent), times=3):8.0f}")
