@@ -37,7 +37,7 @@ __all__ = ["command"]
     metavar="FILE",
     help="Chunks by their keys in hex, one a line; - for stdin. See `prefixstore ls`.",
 )
-@prompt_options("--prompts", help="The stored chunks of these prompts.")
+@prompt_options(help="The stored chunks of these prompts.")
 @click.option(
     "--split", type=SIZE, metavar="SIZE", help="Write OUT.001, OUT.002, ... of this size."
 )

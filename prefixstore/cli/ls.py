@@ -31,7 +31,7 @@ FIELDS_CHARS = 60
 @click.option(
     "--namespace", metavar="ID", help="List this namespace's chunks; the id's beginning suffices."
 )
-@prompt_options("--prompt", help="Tell which chunks of these prompts are stored.")
+@prompt_options(help="Tell which chunks of these prompts are stored.")
 @click.option("--pin", "pin_name", metavar="NAME", help="Only chunks that this pin names.")
 @click.option("--older-than", type=AGE, metavar="AGE", help="Only what was not used for so long.")
 @click.option("--newer-than", type=AGE, metavar="AGE", help="Only what was used since.")
@@ -66,7 +66,7 @@ def command(
 ) -> int:
     """List the namespaces of ROOT, or chunks, least recently used first.
 
-    Chunks are listed of one namespace, or of all with any of the filters. With --prompt FILE --model
+    Chunks are listed of one namespace, or of all with any of the filters. With --prompts FILE --model
     MODEL: for each prompt, how much of it is stored.
     """
     from prefixstore.cli.main import EXIT_FAILED
@@ -84,7 +84,7 @@ def command(
         pin=pin_name,
     )
     if asked is not None and wanted != ChunkFilter():
-        raise click.UsageError("Filters go with a list of chunks, not with --prompt.")
+        raise click.UsageError("Filters go with a list of chunks, not with --prompts.")
     with open_store(root, index_dir=index_dir, read_only=True) as store:
         chosen = find_namespace(store.root, namespace) if namespace is not None else None
         note(f"Scanning {root} ...")

@@ -26,7 +26,7 @@ __all__ = ["command"]
 @click.argument("name")
 @click.option("--namespace", metavar="ID", help="Where the chunks are; alone: all chunks of it.")
 @click.option("--key", "keys", multiple=True, metavar="HEX", help="This chunk; repeatable.")
-@prompt_options("--prompts", help="Every chunk of these prompts, stored already or not.")
+@prompt_options(help="Every chunk of these prompts, stored already or not.")
 @click.option("--until", type=MOMENT, metavar="DATE", help="End by itself then (2027-01-31).")
 @click.option("--for", "for_s", type=AGE, metavar="AGE", help="End by itself after so long (30d).")
 @INDEX_DIR

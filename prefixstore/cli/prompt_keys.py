@@ -144,17 +144,15 @@ class Asked:
         return msgspec.json.decode(done.stdout, type=Found)
 
 
-def prompt_options(name: str, *, help: str) -> Callable[[F], F]:  # noqa: A002 - click's word
+def prompt_options(*, help: str) -> Callable[[F], F]:  # noqa: A002 - click's word
     """Return the decorator that adds the options, and hands ``asked`` to the verb.
 
     Args:
-        name: What the option with the file is called.
         help: What the verb does with the prompts.
     """
     options = [
         click.option(
-            name,
-            "prompts",
+            "--prompts",
             metavar="FILE",
             help=f"{help} JSONL or text, `-` for stdin; docs/offline.md has the forms.",
         ),
@@ -177,7 +175,7 @@ def prompt_options(name: str, *, help: str) -> Callable[[F], F]:  # noqa: A002 -
             **named: Any,
         ) -> Any:
             if (prompts is None) != (model is None):
-                raise click.UsageError(f"{name} and --model go together.")
+                raise click.UsageError("--prompts and --model go together.")
             if prompts is None and vllm_arguments:
                 raise click.UsageError(f"Got unexpected extra arguments: {vllm_arguments}")
             asked = prompts is not None and Asked(

@@ -41,7 +41,6 @@ BEYOND = (
     help="This chunk and all that follow it, as `ls` prints it; repeatable. In --namespace, if given.",
 )
 @prompt_options(
-    "--prompts",
     help="Erase these prompts, and all that was computed from the whole of one. In --namespace, if given.",
 )
 @click.option("--pin", "pin_name", metavar="NAME", help="This pin and the chunks that it held.")

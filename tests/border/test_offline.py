@@ -35,7 +35,8 @@ def test_every_form_of_a_prompt_is_read() -> None:
     """Text, tokens and chats, named or bare."""
     messages = [{"role": "user", "content": "hi"}]
     read = [
-        one('{"prompt": "once", "max_tokens": 5}'),
+        one('{"prompt": "once", "max_tokens": 5, "temperature": 0.5, "stream": true}'),
+        one('{"custom_id": "7", "method": "POST", "url": "/v1/x", "body": {"prompt": "once"}}'),
         one('"once"'),
         one('{"prompt": [1, 2]}'),
         one("[1, 2]"),
@@ -46,8 +47,7 @@ def test_every_form_of_a_prompt_is_read() -> None:
     ]
 
     assert read == [
-        Prompt(line=1, text="once"),
-        Prompt(line=1, text="once"),
+        *[Prompt(line=1, text="once")] * 3,
         Prompt(line=1, tokens=(1, 2)),
         Prompt(line=1, tokens=(1, 2)),
         Prompt(line=1, messages=messages, rendering={"add_generation_prompt": False}),
@@ -62,6 +62,9 @@ def test_every_form_of_a_prompt_is_read() -> None:
     [
         ('{"prompt": "x", "cache_salt": "s"}', "cache_salt"),
         ('{"prompt": "x", "lora": "a"}', "lora"),
+        ('{"prompt": "x", "truncate_prompt_tokens": 9}', "truncate_prompt_tokens"),
+        ('{"body": {"prompt": "x", "cache_salt": "s"}}', "cache_salt"),
+        ('{"body": {"prompt": "x"}, "cache_salt": "s"}', "cache_salt"),
         ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "pictures"),
         ('{"prompt": 5}', "neither"),
         ('{"prompt": [1, true]}', "neither"),

@@ -32,7 +32,7 @@ def run(directory: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     "words",
     [
         ("prefill", "model", "--root", "{root}", "--prompts", "p.txt"),
-        ("ls", "{root}", "--prompt", "p.txt", "--model", "model"),
+        ("ls", "{root}", "--prompts", "p.txt", "--model", "model"),
         ("rm", "{root}", "--prompts", "p.txt", "--model", "model", "--yes"),
         ("pin", "{root}", "name", "--prompts", "p.txt", "--model", "model"),
     ],

@@ -40,7 +40,7 @@ def test_ls_tells_which_chunks_of_a_prompt_are_stored(
     fill("b", dtype="float16")
     prompt = [*chain("a", 10), *chain("never", 2)]
     engine.answers({NAMESPACE: [prompt], OTHER: [prompt]})
-    outcome = run("ls", root, "--prompt", "p.txt", "--model", "m", "--json")
+    outcome = run("ls", root, "--prompts", "p.txt", "--model", "m", "--json")
 
     assert outcome.code == 0, outcome.err
     (held,) = outcome.json
@@ -56,7 +56,7 @@ def test_ls_says_of_a_bad_prompt_what_is_wrong(
     """The other prompts are told of all the same."""
     fill("a")
     engine.answers({NAMESPACE: [[]]}, error="longer than the context")
-    outcome = run("ls", root, "--prompt", "p.txt", "--model", "m")
+    outcome = run("ls", root, "--prompts", "p.txt", "--model", "m")
 
     assert "longer than the context" in outcome.out
 

@@ -7,6 +7,7 @@ JSONL, one prompt a line, in the words of OpenAI's API:
     {"messages": [{"role": "system", "content": "..."}], "tools": [...], "chat_template_kwargs": {...},
      "add_generation_prompt": false}                   a chat, through the model's template
     "Once upon a time"   [9690, 198]   [{"role": ...}] the same, without the name
+    {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {"prompt": ...}}   of a batch
 
 Text: every line that is not blank is one prompt. What else would change a key (``cache_salt``, an adapter,
 pictures) is refused, since chunks of such requests are not stored or not shared.
@@ -29,8 +30,31 @@ RENDERING = frozenset(
     {"add_generation_prompt", "chat_template_kwargs", "continue_final_message", "tools"}
 )
 """Fields of a chat that decide its tokens, passed to the template."""
-SAMPLING = frozenset({"custom_id", "max_completion_tokens", "max_tokens", "model", "n", "seed"})
+SAMPLING = frozenset(
+    {
+        "custom_id",
+        "frequency_penalty",
+        "logit_bias",
+        "logprobs",
+        "max_completion_tokens",
+        "max_tokens",
+        "metadata",
+        "model",
+        "n",
+        "presence_penalty",
+        "seed",
+        "stop",
+        "stream",
+        "stream_options",
+        "temperature",
+        "top_logprobs",
+        "top_p",
+        "user",
+    }
+)
 """Fields that change no token of a prompt, so that a file of requests may be used as it is."""
+ENVELOPE = frozenset({"custom_id", "method", "url"})
+"""What a line of OpenAI's batches holds beside its request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +126,18 @@ def _read(lines: Iterable[str], *, name: str, chat: bool) -> Iterator[Prompt]:
             as_json = is_json_lines(name, text)
         try:
             value = msgspec.json.decode(text) if as_json else text
-            yield _prompt(number, value, chat=chat)
+            yield _prompt(number, _open(value), chat=chat)
         except (InvalidError, msgspec.DecodeError, RecursionError) as error:
             yield Prompt(line=number, error=str(error))
+
+
+def _open(value: Any) -> Any:
+    """Return the request in a line of a batch; any other line as it is."""
+    match value:
+        case {"body": {"prompt": _} | {"messages": _} as request, **envelope}:
+            _refuse(envelope, known=ENVELOPE)
+            return request
+    return value
 
 
 def _prompt(line: int, value: Any, *, chat: bool) -> Prompt:
