@@ -69,7 +69,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         codec: The codec of new blobs; ``auto`` samples payloads and stores raw where it does not pay.
         direct_io: Read and write blobs past the page cache where the root allows it. ``auto`` probes.
         read_only: Serve loads; store, touch, evict and quarantine nothing.
-        max_bytes: The quota of the whole root; None leaves eviction to ``gc``.
+        max_bytes: The quota of the whole root; None leaves it to the limits of the root.
         min_free_bytes: Stores stop while the filesystem has less room than this.
         index_dir: Where the index lives, on a local filesystem; None picks the caller's default.
         index_map_bytes: Address space reserved for the index at first; it doubles when full.
