@@ -36,7 +36,8 @@ class WorkerAccount(KVConnectorHandshakeMetadata):
         runner: The model runner's version.
         device: The platform, the kind of device, and which of the FP8 formats is meant there: ROCm calls its
             devices CUDA's, and some of them bias FP8 otherwise under the same name of a cache's dtype. Of
-            a quantised model its compute capability too: it decides to what precision kernels compute.
+            a quantised model or cache its compute capability too: it decides to what precision kernels
+            compute, and whether attention quantises its queries.
         shared_memory: Tells the /dev/shm that it maps from every other, and no part of the namespace.
     """
 
@@ -72,7 +73,8 @@ def _describe_device(config: "VllmConfig", tensor: "torch.Tensor") -> "Iterator[
     yield current_platform.device_name
     yield tensor.device.type
     yield str(current_platform.fp8_dtype())
-    if config.quant_config is not None:
+    is_quantized = config.cache_config.cache_dtype not in {"auto", "bfloat16", "float16"}
+    if is_quantized or config.quant_config is not None:
         capability = current_platform.get_device_capability()
         yield capability.as_version_str() if capability is not None else "-"
 

@@ -254,10 +254,10 @@ class PrefixStoreConnector(OffloadingConnector):
         super().on_new_request(request)
         if self._tier is None:
             return
-        # A block hash knows a picture by an id that the caller may have given it, and an adapter by its
-        # name and path, not by its weights.
+        # A block hash knows a picture by an id that the caller may have given it, an adapter by its name
+        # and path, not by its weights, and of embeddings neither their dtype nor which of them are used.
         use = self._begin_use(request) if request.lora_request is not None else None
-        if request.mm_features or (request.lora_request is not None and use is None):
+        if _brings_more_than_tokens(request) or (request.lora_request is not None and use is None):
             self._tier.bypass(request.request_id)
         elif use is not None:
             self._tier.adapt(request.request_id, use)
@@ -355,7 +355,7 @@ class PrefixStoreConnector(OffloadingConnector):
             )
         for request in scheduler_output.scheduled_new_reqs:
             self._begin_request(request.req_id, request.num_computed_tokens)
-            if self._tier is not None and request.mm_features:
+            if self._tier is not None and _brings_more_than_tokens(request):
                 self._tier.bypass(request.req_id)  # A session's later input may bring a picture.
         cached = scheduler_output.scheduled_cached_reqs
         for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
@@ -434,6 +434,11 @@ def _make_adapters(config: "VllmConfig") -> Adapters | None:
         digests=WeightDigests(digest_memory("adapters"), full=_reads_in_full(config)),
         clock=CLOCK,
     )
+
+
+def _brings_more_than_tokens(request: Any) -> bool:
+    """Whether a request, or what a step takes of one, has pictures, sound or embeddings in its prompt."""
+    return bool(request.mm_features) or getattr(request, "prompt_embeds", None) is not None
 
 
 def _is_direct(config: "VllmConfig") -> bool:

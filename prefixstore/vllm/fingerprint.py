@@ -25,7 +25,12 @@ from prefixstore.keys import Fields
 from prefixstore.vllm.compat import registered_architecture
 from prefixstore.vllm.foreign_code import digest_code
 from prefixstore.vllm.model_code import ModelCode, find_code
-from prefixstore.vllm.refusals import refuse_loading, refuse_moving_code, refuse_unknowable
+from prefixstore.vllm.refusals import (
+    refuse_loading,
+    refuse_moving_code,
+    refuse_strange_tokenizer,
+    refuse_unknowable,
+)
 from prefixstore.vllm.weights import (
     WeightDigests,
     WeightSource,
@@ -40,7 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEME", "bare_fields", "scheduler_fields"]
 
-SCHEME = 4
+SCHEME = 5
 """Version of this very recipe: it changes when a field is added or its meaning changes, so that
 namespaces made by different recipes never meet."""
 
@@ -58,6 +63,14 @@ HARMLESS_CONFIG_FIELDS = frozenset(
     }
 )
 """Fields of a Hugging Face config that cannot change KV: names, and what has a field of its own."""
+
+HARMLESS_INSIDE = HARMLESS_CONFIG_FIELDS - {
+    "architectures",
+    "dtype",
+    "max_model_len",
+    "torch_dtype",
+}
+"""Such fields in the configs of a model's parts: names alone."""
 
 TOKEN_IDS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
 """Used after sampling, but by few models: harmless where a model's code does not read them."""
@@ -109,6 +122,7 @@ ROPE_TYPES_WITHOUT_LENGTH = frozenset(
 kinds scale by it; a kind that is not here is believed to."""
 
 PRECISION_SETTINGS = (
+    "VLLM_BATCH_INVARIANT",
     "VLLM_B12X_MOE_FP4_FORCE_A16",
     "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER",
     "VLLM_CPU_INT4_W4A8",
@@ -170,6 +184,7 @@ def scheduler_fields(
     since_s = loaded_since_s or process_start_s()
     refuse_unknowable(config, caches)
     refuse_moving_code(model, code)
+    refuse_strange_tokenizer(model, code)
     return {
         "scheme": SCHEME,
         # The code of models, and what the kernels put where inside a page: theirs to change with any version.
@@ -220,12 +235,29 @@ def _model_fields(config: "VllmConfig", code: ModelCode) -> Mapping[str, object]
             "linear_backend_per_quant",
             "moe_backend",
         ),
+        "quantized_kernels": _quantized_kernels(config),
         "precision": {
             **_named(envs, *PRECISION_SETTINGS),
             **{name: os.environ.get(name) for name in UNDECLARED_SETTINGS},
         },
         # For plug-ins of other platforms, which may do anything by it.
         "additional_config": _plain(getattr(config, "additional_config", None)),
+    }
+
+
+def _quantized_kernels(config: "VllmConfig") -> Mapping[str, object] | None:
+    """Return what kernels of a quantised model are chosen by, besides what is asked for by name.
+
+    Those of experts that do not know adapters, or a way to spread experts, give way to others, which
+    may quantise activations otherwise (vllm/.../fused_moe/modular_kernel.py, ``is_supported_config``).
+    """
+    if config.quant_config is None:
+        return None
+    parallel = config.parallel_config
+    return {
+        "adapters": config.lora_config is not None,
+        "data_parallel": parallel.data_parallel_size > 1,
+        **_named(parallel, "all2all_backend", "enable_expert_parallel"),
     }
 
 
@@ -305,6 +337,8 @@ def _libraries(
         )
         if not is_vllms
     }
+    if code.reads_tokenizer:
+        outside["tokenizers"] = metadata.version("tokenizers")
     if code.is_transformers or outside:
         release = metadata.version("transformers")
         outside["transformers"] = (
@@ -329,6 +363,7 @@ def _weight_source(config: "VllmConfig", code: ModelCode, *, loaded_since_s: flo
         hub_cache=config.load_config.download_dir,
         runs_code=bool(model.trust_remote_code),
         reads_folders=code.reads_folders,
+        reads_tokenizer=code.reads_tokenizer,
         loaded_since_s=loaded_since_s,
     )
 
@@ -420,11 +455,19 @@ def _hash_scheme(algorithm: str) -> Mapping[str, object]:
 
 
 def _model_config(config: Any, code: ModelCode) -> Mapping[str, object]:
-    harmless = HARMLESS_CONFIG_FIELDS | (frozenset() if code.reads_token_ids else TOKEN_IDS)
-    fields = {name: value for name, value in config.to_dict().items() if name not in harmless}
-    plain = _plain(fields)
-    assert isinstance(plain, dict), "to_dict gives a dict"
-    return plain
+    token_ids = frozenset() if code.reads_token_ids else TOKEN_IDS
+
+    def without(fields: Mapping[Any, Any], harmless: frozenset[str]) -> dict[str, object]:
+        """Leave out the harmless, also in the configs of parts (text, vision) inside."""
+        return {
+            str(name): without(value, HARMLESS_INSIDE | token_ids)
+            if isinstance(value, Mapping)
+            else _plain(value)
+            for name, value in fields.items()
+            if name not in harmless
+        }
+
+    return without(config.to_dict(), HARMLESS_CONFIG_FIELDS | token_ids)
 
 
 def _group(group: Any) -> Mapping[str, object]:

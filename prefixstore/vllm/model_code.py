@@ -6,7 +6,7 @@ very version that runs, with all model code that it imports; a model whose sourc
 as one that reads them.
 
 The same source tells whether token ids of the config go into KV (n-gram models cut their hashes at the end
-of a text), and whether weights are read from directories inside the model's.
+of a text) or the tokenizer does, and whether weights are read from directories inside the model's.
 """
 
 import ast
@@ -54,8 +54,10 @@ LENGTH = re.compile(r"max_model_len")
 GENERATION = re.compile(r"generation_config")
 TOKEN_IDS = re.compile(r"(?<!tokenizer\.)\b(?:bos|eos|pad)_token_id\b")
 """A tokenizer's own ids make prompts, whose tokens are in the keys."""
+TOKENIZER = re.compile(r"model_config\.tokenizer\b")
 FOLDERS = re.compile(
-    r"""\ballow_patterns_overrides\s*=\s*\[(?:\s*["'][^"'/]*["'],)*\s*["'][^"'/]*/|\bsubfolder\s*="""
+    r"""\ballow_patterns_overrides\s*=\s*\[(?:\s*["'][^"'/]*["'],)*\s*["'][^"'/]*/"""
+    r"""|\bsubfolder\s*=|\bget_hf_file_bytes\("""
 )
 
 
@@ -69,6 +71,7 @@ class ModelCode:
         reads_length: Whether it may read ``max_model_len``.
         reads_generation: Whether it may read the generation config.
         reads_token_ids: Whether it may compute with token ids of the model's config.
+        reads_tokenizer: Whether it may compute with the model's tokenizer.
         reads_folders: Whether it may read weights from directories inside the model's.
     """
 
@@ -77,6 +80,7 @@ class ModelCode:
     reads_length: bool
     reads_generation: bool
     reads_token_ids: bool
+    reads_tokenizer: bool
     reads_folders: bool
 
     @property
@@ -107,6 +111,7 @@ def find_code(architecture: str) -> ModelCode:
         reads_length=may_read(LENGTH),
         reads_generation=may_read(GENERATION),
         reads_token_ids=may_read(TOKEN_IDS) or module.startswith(TRANSFORMERS_BACKEND),
+        reads_tokenizer=may_read(TOKENIZER),
         reads_folders=may_read(FOLDERS),
     )
 

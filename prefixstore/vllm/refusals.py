@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-__all__ = ["refuse_loading", "refuse_moving_code", "refuse_unknowable"]
+__all__ = ["refuse_loading", "refuse_moving_code", "refuse_strange_tokenizer", "refuse_unknowable"]
 
 LOAD_FORMATS = frozenset(
     {
@@ -162,6 +162,19 @@ def refuse_moving_code(model: Any, code: ModelCode) -> None:
             f"the model runs code of {borrowed or config_path or model.model} from a hub, or from "
             "elsewhere, and always that of its newest version: download the model with its code, serve "
             "that directory, and let auto_map in its config.json name no other repository"
+        )
+
+
+def refuse_strange_tokenizer(model: Any, code: ModelCode) -> None:
+    """Refuse a tokenizer from elsewhere under a model that computes with it (Engram's hashes of n-grams).
+
+    Raises:
+        InvalidError: It is one.
+    """
+    if code.reads_tokenizer and model.tokenizer not in {None, model.model}:
+        raise InvalidError(
+            f"this model may compute with its tokenizer, and nothing names that of {model.tokenizer}: "
+            "serve the model with its own tokenizer, or run without prefixstore"
         )
 
 

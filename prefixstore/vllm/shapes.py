@@ -165,6 +165,7 @@ def check_shape(config: "VllmConfig", caches: "KVCacheConfig") -> None:
             "to run, so what one run stores is not what another would compute; run it without "
             "prefixstore"
         )
+    describe_groups(caches, blocks_per_chunk=blocks_per_chunk)  # Refuses what is new to us.
 
 
 def name_unseen(config: "VllmConfig", caches: "KVCacheConfig") -> list[str]:

@@ -43,6 +43,11 @@ READING_ENDS = (
 """How the names end of files that say which weights are read and how they are quantised
 (vllm/model_executor/model_loader/weight_utils.py, ``filter_duplicate_safetensors_files`` and
 ``get_quant_config``). All else that vLLM reads of a directory is in the config that it makes of it."""
+MERGED_ADAPTER = "adapter_config.json"
+"""Says how an adapter inside the model's directory is scaled before it is added to the weights (Jina)."""
+TOKENIZER_STARTS = ("added_tokens", "merges", "special_tokens", "tekken", "tokenizer", "vocab")
+TOKENIZER_SUFFIXES = frozenset({".model", ".tiktoken"})
+"""How the names of a tokenizer's files begin or end, for models that compute with it."""
 FILES_MAX = 10_000
 READ_BYTES = 8 * 2**20
 REMEMBERED_MAX = 10_000
@@ -125,6 +130,7 @@ class WeightSource:
         hub_cache: The directory of the hub's cache; None for the usual one.
         runs_code: Whether code from the model's directory runs (``trust_remote_code``).
         reads_folders: Whether the model may read weights from directories inside its own.
+        reads_tokenizer: Whether the model may compute with the tokenizer in its directory.
         loaded_since_s: The earliest moment at which the weights may have been read, in seconds since
             the epoch.
     """
@@ -135,6 +141,7 @@ class WeightSource:
     hub_cache: str | None = None
     runs_code: bool = False
     reads_folders: bool = False
+    reads_tokenizer: bool = False
     loaded_since_s: float
 
 
@@ -216,8 +223,15 @@ def _files(directory: Path, source: WeightSource) -> Iterator[Path]:
             raise InvalidError(f"{directory} holds over {FILES_MAX} files: not a model's directory")
         for name in names:
             path = Path(folder, name)
-            if (path.suffix in suffixes or name.endswith(READING_ENDS)) and path.is_file():
+            decides = path.suffix in suffixes or name.endswith(READING_ENDS)
+            decides |= source.reads_folders and name == MERGED_ADAPTER
+            decides |= source.reads_tokenizer and _is_tokenizers(path)
+            if decides and path.is_file():
                 yield path
+
+
+def _is_tokenizers(path: Path) -> bool:
+    return path.name.startswith(TOKENIZER_STARTS) or path.suffix in TOKENIZER_SUFFIXES
 
 
 def _raise(error: OSError) -> None:

@@ -102,7 +102,11 @@ def engine_fields(model: Path, change: Change, *, loaded_since_s: float = math.i
 
 
 def describe(
-    blocks: int, *, order: tuple[int, ...] = (0, 1, 2, 3), quantized: bool = False
+    blocks: int,
+    *,
+    order: tuple[int, ...] = (0, 1, 2, 3),
+    quantized: bool = False,
+    cache_dtype: str = "auto",
 ) -> WorkerAccount:
     """Return what a worker says of a cache, whose axes lie in some order in memory."""
     sizes = (blocks, 2, 128, 64)
@@ -112,6 +116,7 @@ def describe(
             compilation_config=SimpleNamespace(static_forward_context={}),
             use_v2_model_runner=False,
             quant_config=object() if quantized else None,
+            cache_config=SimpleNamespace(cache_dtype=cache_dtype),
         ),
         {"layer": stored.permute([order.index(axis) for axis in range(len(order))])},
         rank=0,

@@ -22,20 +22,27 @@ def test_fp8_of_another_bias_is_another_device(monkeypatch: pytest.MonkeyPatch) 
     assert len(set(devices)) == 2, devices
 
 
-def test_only_quantised_models_care_for_the_compute_capability(
+def test_only_quantised_models_and_caches_care_for_the_compute_capability(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It decides to what precision their kernels compute; fleets of mixed devices share the rest."""
-    devices: dict[bool, set[str]] = {False: set(), True: set()}
+    cares: dict[tuple[bool, str], bool] = {
+        (False, "auto"): False,
+        (False, "bfloat16"): False,
+        (True, "auto"): True,
+        (False, "fp8"): True,
+        (False, "turboquant_4bit_nc"): True,
+    }
+    devices: dict[tuple[bool, str], set[str]] = {kind: set() for kind in cares}
     for major in (9, 10):
         capability = DeviceCapability(major, 0)
         monkeypatch.setattr(
             type(current_platform), "get_device_capability", classmethod(lambda _, c=capability: c)
         )
-        for quantized, found in devices.items():
-            found.add(describe(10, quantized=quantized).device)
+        for (quantized, cache_dtype), found in devices.items():
+            found.add(describe(10, quantized=quantized, cache_dtype=cache_dtype).device)
 
-    assert {False: 1, True: 2} == {quantized: len(found) for quantized, found in devices.items()}
+    assert cares == {kind: len(found) == 2 for kind, found in devices.items()}
 
 
 @pytest.mark.parametrize("layout", [KVCacheLayout.LBHNC, KVCacheLayout.LBNHC, KVCacheLayout.LHBNC])

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from vllm import SamplingParams, envs
 from vllm.config import MultiModalConfig, VllmConfig
 from vllm.model_executor import model_loader
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.model_executor.model_loader import DefaultModelLoader
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -60,10 +61,26 @@ def write_index(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text('{"weight_map": {}}')
 
 
+def write_merged_adapter(model: Path) -> None:
+    """Put an adapter into a model's directory, as those have that add one to their weights."""
+    (model / "adapters" / "retrieval").mkdir(parents=True)
+    (model / "adapters" / "retrieval" / "adapter_config.json").write_text('{"lora_alpha": 32}')
+
+
+def write_tokenizer(model: Path) -> None:
+    """Put a tokenizer's vocabulary into a model's directory."""
+    (model / "vocab.json").write_text("{}")
+
+
 def plug_in_loader(patch: pytest.MonkeyPatch) -> None:
     """Put a plug-in's class in the place of vLLM's for the usual format."""
     own = type("Own", (DefaultModelLoader,), {"__module__": "plug_in.loader"})
     patch.setitem(model_loader._LOAD_FORMAT_TO_MODEL_LOADER, "auto", own)
+
+
+def quantized(config: VllmConfig) -> None:
+    """Make a config one of a model whose weights are quantised."""
+    object.__setattr__(config, "quant_config", Fp8Config())
 
 
 def with_pictures(**fields: Any) -> Callable[[VllmConfig], None]:
@@ -116,6 +133,18 @@ OTHERS = (
         files=write_index,
     ),
     Change(
+        name="an adapter in the model's directory that is added to its weights (Jina)",
+        differs="weights.files.adapters/retrieval/adapter_config.json",
+        both=set_in("model_config", _architecture="JinaEmbeddingsV5Model"),
+        files=write_merged_adapter,
+    ),
+    Change(
+        name="the tokenizer's files, of a model that computes with it (Engram)",
+        differs="weights.files.vocab.json",
+        both=set_in("model_config", _architecture="DeepseekV41ForCausalLM"),
+        files=write_tokenizer,
+    ),
+    Change(
         name="vLLM's version, every digit of it",
         differs="engine",
         patch=lambda patch: patch.setattr(fingerprint, "version", "0.32.1"),
@@ -132,6 +161,18 @@ OTHERS = (
         name="`--quantization`",
         differs="quantization",
         config=set_in("model_config", quantization="awq"),
+    ),
+    Change(
+        name="adapters being enabled, of quantised models",
+        differs="quantized_kernels.adapters",
+        both=quantized,
+        arguments={"enable_lora": True, "max_lora_rank": 8},
+    ),
+    Change(
+        name="`--enable-expert-parallel`, `--all2all-backend`, data parallel, of quantised models",
+        differs="quantized_kernels.enable_expert_parallel",
+        both=quantized,
+        config=set_in("parallel_config", enable_expert_parallel=True),
     ),
     Change(name="`--dtype`", differs="dtype", arguments={"dtype": "bfloat16"}),
     Change(
@@ -240,7 +281,10 @@ HARMLESS = (
     Change(name="`--served-model-name`", arguments={"served_model_name": "another"}),
     Change(name="`--seed`, sampling defaults", arguments={"seed": 3, "generation_config": "vllm"}),
     Change(name="`--enforce-eager`, compilation", arguments={"enforce_eager": False}),
-    Change(name="adapters being enabled", arguments={"enable_lora": True, "max_lora_rank": 8}),
+    Change(
+        name="adapters being enabled, of models that are not quantised",
+        arguments={"enable_lora": True, "max_lora_rank": 8},
+    ),
     Change(name="`blocks_per_chunk` of 1, the default", options={"blocks_per_chunk": 1}),
     Change(
         name="limits and processing of pictures and sound",
@@ -251,14 +295,22 @@ HARMLESS = (
         name="names and token ids in the model's config, for all other models",
         files=edit_config(eos_token_id=5, transformers_version="4.0.0"),
     ),
+    Change(
+        name="the same in the config of a part of the model",
+        both=lambda config: setattr(config.model_config.hf_config, "part", {"heads": 2}),
+        config=lambda config: setattr(
+            config.model_config.hf_config, "part", {"heads": 2, "eos_token_id": 5, "id2label": {}}
+        ),
+    ),
 )
 """None of these changes what a chunk holds."""
 
 PLUG_IN = "the code of a plug-in's model or quantisation"
-CAPABILITY = "the compute capability of the devices, for quantised models"
+CAPABILITY = "the compute capability of the devices, for quantised models and caches"
 ELSEWHERE = "the model's path, copied or linked"
 OTHER_KEYS = "`cache_salt`"
 BYPASSED = "an adapter (LoRA), by default"
+EMBEDDINGS = "embeddings in a prompt (`--enable-prompt-embeds`)"
 BY_CONTENT = "an adapter with `adapters=content`"
 REPLACED_ADAPTER = "an adapter replaced while its engine runs"
 CALLED = "weights replaced at run time through `collective_rpc`"
@@ -331,6 +383,15 @@ OFF = (
             config=set_in("model_config", _architecture="SomebodysOwnForCausalLM"),
         ),
         "install it as a package",
+    ),
+    (
+        Change(
+            name="another `--tokenizer` under a model that computes with it (Engram)",
+            config=set_in(
+                "model_config", _architecture="DeepseekV41ForCausalLM", tokenizer="org/other"
+            ),
+        ),
+        "serve the model with its own tokenizer",
     ),
     (
         Change(
@@ -514,6 +575,7 @@ def test_the_documents_table_is_these_tests() -> None:
         REPLACED: "store off",
         OTHER_KEYS: "other keys",
         BYPASSED: "passes by",
+        EMBEDDINGS: "passes by",
         BY_CONTENT: "other keys",
         REPLACED_ADAPTER: "passes by",
         CALLED: "store off",

@@ -1,6 +1,7 @@
 """What cannot be served right is refused before it serves, from real configs and without an engine."""
 
 import dataclasses
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.core.kv_cache_coordinator import _validate_prefix_cache_retention_interval
 from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
     ChunkedLocalAttentionSpec,
     CrossAttentionSpec,
     FullAttentionSpec,
@@ -104,6 +106,19 @@ def test_what_cannot_be_served_is_refused_by_name(
     check_shape(config(options={"blocks_per_chunk": 2}), caches(FULL))
     with pytest.raises(InvalidError, match=sentence):
         check_shape(config(**changed), caches(*specs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrangeSpec(AttentionSpec):
+    """A kind of KV that nobody has told prefixstore of."""
+
+
+@pytest.mark.parametrize("beside", [(), (FULL,), (FULL, WINDOW)])
+def test_a_new_kind_of_kv_is_refused_whatever_lies_beside_it(beside: tuple[Any, ...]) -> None:
+    """What a prefix of it needs is not known, so a hit could lack some of that."""
+    strange = StrangeSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+    with pytest.raises(InvalidError, match="StrangeSpec is new to prefixstore"):
+        check_shape(config(), caches(*beside, strange))
 
 
 def test_hisparse_is_refused() -> None:
