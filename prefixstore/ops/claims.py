@@ -133,7 +133,7 @@ class Claims:
                     path,
                     ClaimDocument(claimant=self.claimant),
                     os_calls=self._os,
-                    group_shared=self._root.group_shared,
+                    mode=self._root.document_mode,
                 )
                 found = self._read(path)
                 if found == self.claimant:
@@ -168,7 +168,7 @@ class Claims:
             self._path_of(self.claimant),
             self._this,
             os_calls=self._os,
-            group_shared=self._root.group_shared,
+            mode=self._root.document_mode,
         )
 
     def _lives(self, claimant: str) -> bool:

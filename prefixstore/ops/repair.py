@@ -142,6 +142,7 @@ def plan_repair(store: PrefixStore) -> RepairPlan:
     try:
         reaped = store.reap(dry_run=True)
         dead_writers, orphan_files = reaped.writers, reaped.files
+        errors += reaped.unread
     except PrefixStoreError as error:
         errors.append(str(error))
     torn = (entry for entry in scan.torn if now_s - entry.modified_s > SETTLED_S)
@@ -180,6 +181,7 @@ def carry_out(store: PrefixStore, plan: RepairPlan) -> RepairReport:
     try:
         reaped = store.reap()
         writers, files = len(reaped.writers), reaped.files
+        errors += [error for error in reaped.unread if error not in errors]
     except PrefixStoreError as error:
         errors.append(str(error))
     return RepairReport(

@@ -247,7 +247,7 @@ class _Turn:
                 _path(self._store),
                 self._cursor,
                 os_calls=root.os_calls,
-                group_shared=root.group_shared,
+                mode=root.document_mode,
             )
 
     def _report(self, state: str) -> ScrubPass:

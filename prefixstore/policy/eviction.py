@@ -8,6 +8,8 @@ The rule, in the order of its clauses:
     3. Its parent then has a child less, and may be the next.
     4. Enough is enough: stop when the bytes asked for, of namespaces with a limit of their own and of
        the whole, are free and nothing left is too old.
+    5. What such a namespace gives counts for the whole, too. What it should give and cannot, since
+       the rest of it is pinned or busy, is found elsewhere.
 
 So a prefix is eaten from its leaves, and no child outlives its parent:
 
@@ -118,7 +120,8 @@ class EvictionPlan:
     Attributes:
         victims: Children before their parents.
         file_bytes: What all of it frees, by the sizes that are known.
-        short_bytes: What was asked for and cannot be freed, or not by this plan.
+        short_bytes: What was asked for and cannot be freed, or not by this plan: of the whole or of
+            namespaces, whichever is more, since their bytes count for both.
         truncated: ``victims_max`` ended the plan; another one would find more.
     """
 
@@ -147,8 +150,7 @@ def plan_eviction(
     """Choose chunks until ``free_bytes`` are found and nothing evictable is older than allowed.
 
     The work is one pass over ``candidates``, up to the last victim, and one or two ``find``
-    for each parent of a victim. What a namespace has to give counts for the whole, too, so that no more
-    goes than has to.
+    for each parent of a victim.
 
     Args:
         candidates: Every chunk once, sorted by ``order``.
@@ -174,18 +176,35 @@ def plan_eviction(
     if used_before_s and order is not least_recently_used:
         raise InvalidError("an age limit takes the order of recency: others do not end at an age")
     victims: list[Victim] = []
-    truncated = False
     queue = Queue(candidates, order=order, find=find, busy=busy)
+    truncated = _choose(queue, need, victims, used_before_s=used_before_s, victims_max=victims_max)
+    if not truncated and need.ask_elsewhere():
+        queue.give_back(need.spared)
+        truncated = _choose(
+            queue, need, victims, used_before_s=used_before_s, victims_max=victims_max
+        )
+    return EvictionPlan(
+        victims=tuple(victims),
+        file_bytes=sum(victim.file_bytes for victim in victims),
+        short_bytes=need.short_bytes,
+        truncated=truncated,
+    )
+
+
+def _choose(
+    queue: "Queue", need: "_Need", victims: list[Victim], *, used_before_s: int, victims_max: int
+) -> bool:
+    """Add victims until nothing is needed, or nothing is left; return whether the plan was full before."""
     while (candidate := queue.pop()) is not None:
         too_old = candidate.used_s < used_before_s
         if not too_old and not need.any:
             # Whatever is left is as young or younger, or has no age to go by.
-            break
+            return False
         if len(victims) == victims_max:
-            truncated = True
-            break
+            return True
         reason = need.take(candidate, EvictionReason.AGE if too_old else None)
         if reason is None:
+            need.spare(candidate, victims_max=victims_max)
             continue
         victims.append(
             Victim(
@@ -197,21 +216,26 @@ def plan_eviction(
             )
         )
         queue.release_parent(candidate)
-    return EvictionPlan(
-        victims=tuple(victims),
-        file_bytes=sum(victim.file_bytes for victim in victims),
-        short_bytes=need.short_bytes,
-        truncated=truncated,
-    )
+    return False
 
 
 class _Need:
-    """What is still to be freed: of some namespaces, and of anything besides."""
+    """What is still to be freed: of some namespaces, and of anything besides.
+
+    Attributes:
+        own: What namespaces still have to give.
+        rest_bytes: What is to be found besides, for the whole.
+        spared: Chunks that nobody asked for, the first of their order: enough to stand in for what the
+            namespaces are counted on to give.
+    """
 
     def __init__(self, free_bytes: int, own: Mapping[NamespaceId, int]) -> None:
         self.own = dict(own)
         # What the namespaces give by themselves need not be found elsewhere.
         self.rest_bytes = max(0, free_bytes - sum(self.own.values()))
+        self.spared: list[Candidate] = []
+        self._whole_bytes = free_bytes
+        self._counted_on_bytes = free_bytes - self.rest_bytes
 
     @property
     def any(self) -> bool:
@@ -221,7 +245,7 @@ class _Need:
     @property
     def short_bytes(self) -> int:
         """What was not found."""
-        return self.rest_bytes + sum(self.own.values())
+        return max(self._whole_bytes, sum(self.own.values()))
 
     def take(self, candidate: Candidate, reason: EvictionReason | None) -> EvictionReason | None:
         """Count a chunk that may go; return why it goes, None if nobody asks for it.
@@ -233,11 +257,28 @@ class _Need:
         wanted = self.own.get(candidate.namespace, 0)
         if wanted > 0:
             self.own[candidate.namespace] = max(0, wanted - candidate.file_bytes)
-            return reason or EvictionReason.NAMESPACE
-        if self.rest_bytes > 0:
+            reason = reason or EvictionReason.NAMESPACE
+        elif self.rest_bytes > 0:
             self.rest_bytes = max(0, self.rest_bytes - candidate.file_bytes)
-            return reason or EvictionReason.SPACE
+            reason = reason or EvictionReason.SPACE
+        if reason is not None:
+            self._whole_bytes = max(0, self._whole_bytes - candidate.file_bytes)
+            self.rest_bytes = min(self.rest_bytes, self._whole_bytes)
         return reason
+
+    def spare(self, candidate: Candidate, *, victims_max: int) -> None:
+        """Keep a chunk that nobody asks for, in case a namespace cannot give what it should."""
+        # One more than a plan holds, so that it is told from one that has found all there is.
+        if self._counted_on_bytes > 0 and len(self.spared) <= victims_max:
+            self._counted_on_bytes -= candidate.file_bytes
+            self.spared.append(candidate)
+
+    def ask_elsewhere(self) -> bool:
+        """Ask anyone for what the namespaces could not give; return whether the whole needs that."""
+        if not self.any or not self._whole_bytes:
+            return False
+        self.rest_bytes = self._whole_bytes
+        return True
 
 
 class Queue:
@@ -279,6 +320,11 @@ class Queue:
                 return None
             if not candidate.pins and not self._busy(*candidate.address):
                 return candidate
+
+    def give_back(self, candidates: Iterable[Candidate]) -> None:
+        """Offer chunks once more that were taken and not chosen."""
+        for candidate in candidates:
+            heapq.heappush(self._freed, (self._order(candidate), candidate))
 
     def release_parent(self, candidate: Candidate) -> None:
         """Count a chosen chunk off its parent, which becomes evictable with its last child."""

@@ -31,13 +31,15 @@ BREATH_MAX_S = 1.0
 half of one core for a minute and not all of it for half a minute."""
 QUIET_S = 30.0
 """After an eviction that freed nothing (all is pinned, or the root cannot be written) the next one has
-to wait so long: each costs a scan of the tree."""
+to wait so long: each costs a scan of the tree. So has one that a namespace's own limit asks for, after it
+could not give what it should."""
 LOOK_S = 5.0
 """How often the collector asks itself whether something is due: some stats each time."""
 PASS_S = 600.0
 PASS_MAX_S = 3600.0
 """Of the hosts of a root with an age limit, or limits of namespaces, one makes a pass over it so often; with
-an age of days every hour, which is a tenth of what chunks then get older than they may."""
+an age of days every hour, which is a tenth of what chunks then get older than they may. A host whose
+passes nobody hears of, since a directory cannot be read or the root is full, makes them no more often."""
 
 
 class Collector:
@@ -55,6 +57,8 @@ class Collector:
         self._wanted: set[str] = set()
         self._full = False
         self._evict_at_s = float("-inf")
+        self._own_limits_at_s = float("-inf")
+        self._passed_at_s = float("-inf")
         self._closing = False
         self._closed = threading.Event()
         self._breath_s = 0.0
@@ -79,7 +83,10 @@ class Collector:
         Args:
             full: The filesystem has refused a write: evict whatever the figures say.
         """
-        if self._clock.monotonic_s() >= self._evict_at_s:
+        now_s = self._clock.monotonic_s()
+        if now_s < self._evict_at_s:
+            return
+        if now_s >= self._own_limits_at_s or full or self._parts.space.wants_eviction(whole=True):
             self._full = self._full or full
             self._want("evict")
 
@@ -115,7 +122,8 @@ class Collector:
             if limits.max_age_s is not None:
                 wait_s = min(PASS_MAX_S, max(PASS_S, limits.max_age_s / 10))
             now_s = self._clock.monotonic_s()
-            if self._parts.usage.scan_age_s >= wait_s and now_s >= self._evict_at_s:
+            age_s = min(self._parts.usage.scan_age_s, now_s - self._passed_at_s)
+            if age_s >= wait_s and now_s >= self._evict_at_s:
                 self._want("pass")
 
     def make_pass(
@@ -216,10 +224,33 @@ class Collector:
         return self._closing
 
     def _reap(self) -> None:
+        """Remove what dead writers left behind, and what nobody asks for any more; each for itself.
+
+        Raises:
+            PrefixStoreError: The root cannot be written, or the first of what failed once all is tried.
+        """
         parts = self._parts
-        parts.counters.add(orphans_removed=parts.membership.reap())
-        parts.usage.forget_old(server_now_s=parts.membership.now_s())
-        forget_old_history(parts.root, server_now_s=parts.membership.now_s())
+        # What is old is told by the file server's clock.
+        parts.membership.announce()
+        failures: list[PrefixStoreError] = []
+        for step in (
+            self._reap_orphans,
+            lambda: parts.usage.forget_old(server_now_s=parts.membership.now_s()),
+            lambda: forget_old_history(parts.root, server_now_s=parts.membership.now_s()),
+        ):
+            try:
+                step()
+            except PrefixStoreError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+    def _reap_orphans(self) -> None:
+        reaped = self._parts.membership.reap()
+        self._parts.counters.add(orphans_removed=reaped.files)
+        if reaped.unread:
+            count, first = len(reaped.unread), reaped.unread[0]
+            LOG.warning("prefixstore looks for orphans but in %d directories: %s", count, first)
 
     def _look_safely(self) -> None:
         try:
@@ -238,7 +269,10 @@ class Collector:
         try:
             if not self._lease.acquire():
                 self._parts.counters.add(evictions_left=1)
-                # Another host is at it; what it frees shows in the figures once they are read anew.
+                # Another host is at it: its scan is as good as one of this host's, what it frees shows in
+                # the figures once they are read anew, and whether the disk is full in the next write.
+                self._full = False
+                self._passed_at_s = self._clock.monotonic_s()
                 self._evict_at_s = self._clock.monotonic_s() + BEAT_S
                 return None
         except PrefixStoreError as error:
@@ -258,21 +292,26 @@ class Collector:
         max_age_s: float | None = None,
     ) -> EvictionReport:
         parts = self._parts
-        full, self._full = self._full, False
+        full = urgent and self._full
+        if urgent:
+            self._full = False
 
         def target(used_bytes: int) -> int:
             if target_bytes is not None:
                 return target_bytes
             return parts.space.target_bytes(used_bytes, full=full, urgent=urgent)
 
-        report = self._evictor.evict(
-            target,
-            namespace_bytes=parts.space.namespace_targets,
-            max_age_s=parts.limits.known().max_age_s if max_age_s is None else max_age_s,
-            dry_run=False,
-            scan=True,
-            stop=stop,
-        )
+        try:
+            report = self._evictor.evict(
+                target,
+                namespace_bytes=parts.space.namespace_targets,
+                max_age_s=parts.limits.known().max_age_s if max_age_s is None else max_age_s,
+                dry_run=False,
+                scan=True,
+                stop=stop,
+            )
+        finally:
+            self._passed_at_s = self._clock.monotonic_s()
         parts.space.forget()
         parts.counters.add(evictions=1)
         for error in report.errors:
@@ -281,4 +320,6 @@ class Collector:
             parts.breaker.retry_soon()
         elif urgent:
             self._evict_at_s = self._clock.monotonic_s() + QUIET_S
+        if report.short_bytes:
+            self._own_limits_at_s = self._clock.monotonic_s() + QUIET_S
         return report

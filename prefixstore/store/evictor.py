@@ -5,6 +5,7 @@
 3 read the pins      the files are the truth
 4 plan               pure: prefixstore.policy.eviction
 5 for some victims   look at their refcounts once more, then remove them: prefixstore.store.remover
+6 plan again         without what could not be removed, until what is asked for is free
 """
 
 import logging
@@ -20,7 +21,7 @@ from prefixstore.store.keeper import Keeper
 from prefixstore.store.parts import Parts
 from prefixstore.store.reconcile import COMPLETE_MARK, ReconcileReport, reconcile
 from prefixstore.store.remover import Doomed, Remover
-from prefixstore.store.tally import Tally
+from prefixstore.store.tally import Failures, Tally
 from prefixstore.store.values import EvictionReport
 
 __all__ = ["Evictor"]
@@ -134,7 +135,7 @@ class Evictor:
         if not dry_run and not self._knows_time(tally, wanted=max_age_s is not None):
             max_age_s = None
         try:
-            held = self._pins.held(now_s=self._membership.now_s())
+            held = self._pins.held(now_s=self._membership.now_s() if dry_run else self._pins_at_s())
         except PrefixStoreError as error:
             # Without the pins nothing may go: what they hold is not to be guessed.
             tally.errors.append(str(error))
@@ -148,16 +149,18 @@ class Evictor:
             name: rows[name] - give for name, give in namespace_bytes(dict(used)).items()
         }
         while True:
-            plan = self._plan(target, own_targets, max_age_s=max_age_s)
+            plan = self._plan(target, own_targets, tally.failures, max_age_s=max_age_s)
             tally.planned(plan)
-            evicted_before = tally.evicted_chunks
+            evicted_before, failed_before = tally.evicted_chunks, tally.failures.count
             if not dry_run:
                 self._carry_out(plan, scanned, tally, stop)
-            made_progress = tally.evicted_chunks > evicted_before
-            if not plan.truncated or not made_progress or tally.gave_up or stop():
+            has_more = plan.truncated and tally.evicted_chunks > evicted_before
+            # What failed keeps its place among the oldest, and is planned by no further plan of this run.
+            has_failed = tally.failures.count > failed_before
+            if not (has_more or has_failed) or tally.gave_up or stop():
                 break
         if not dry_run:
-            self._pins.remove_ended(now_s=self._membership.now_s())
+            self._pins.remove_ended(now_s=self._pins_at_s())
             self._usage.exchange(step_bytes=1)
         return self._report(tally, short_bytes=plan.short_bytes)
 
@@ -176,7 +179,7 @@ class Evictor:
             # By a wrong clock of this host a pin might have ended.
             self._knows_time(tally, wanted=False)
         for at in range(0, len(keys), BATCH_VICTIMS):
-            held = self._pins.held(now_s=self._membership.now_s())
+            held = self._pins.held(now_s=self._pins_at_s())
             batch = keys[at : at + BATCH_VICTIMS]
             doomed: list[Doomed] = []
             for key, record in zip(batch, self._hints.get_many(namespace, batch), strict=True):
@@ -210,8 +213,20 @@ class Evictor:
             return False
         return True
 
+    def _pins_at_s(self) -> int:
+        """Return when pins are looked at: now, or before all time while a full disk hides the server's.
+
+        By a clock of this host's that is ahead they would have ended.
+        """
+        return self._membership.now_s() if self._membership.knows_time else 0
+
     def _plan(
-        self, target_bytes: int, own_targets: dict[NamespaceId, int], *, max_age_s: float | None
+        self,
+        target_bytes: int,
+        own_targets: dict[NamespaceId, int],
+        failures: Failures,
+        *,
+        max_age_s: float | None,
     ) -> EvictionPlan:
         totals = self._hints.totals()
         used_bytes = sum(t.file_bytes for t in totals.values())
@@ -221,7 +236,9 @@ class Evictor:
         return plan_eviction(
             (_candidate(row) for row in self._hints.oldest_first() if not row.record.presumed),
             find=self._find,
-            busy=lambda namespace, key: (namespace, key) in self._inflight,
+            busy=lambda namespace, key: (
+                (namespace, key) in self._inflight or failures.cover(namespace, key)
+            ),
             free_bytes=max(0, used_bytes - target_bytes),
             free_by_namespace={
                 name: max(0, totals[name].file_bytes - target)
@@ -247,9 +264,9 @@ class Evictor:
             if tally.gave_up or stop():
                 return
             try:
-                held = self._pins.held(now_s=self._membership.now_s())
+                held = self._pins.held(now_s=self._pins_at_s())
             except PrefixStoreError as error:
-                tally.failed(error)
+                tally.give_up(str(error))
                 return
             doomed = self._still_doomed(victims[at : at + BATCH_VICTIMS], held, tally)
             # After the look at the rows: those of an index that is being filled anew lack children.
@@ -273,6 +290,9 @@ class Evictor:
         going: Counter[Address] = Counter()
         for victim in victims:
             address = (victim.namespace, victim.key)
+            if tally.failures.cover(*address):
+                tally.kept["error"] += 1
+                continue
             row = self._hints.row(*address)
             kept = self._kept(address, held) or _changed(victim, row, going[address])
             if address in busy:
@@ -309,8 +329,11 @@ class Evictor:
         """Remove files that a power cut left under a blob's name: nothing can be read from them."""
         now_s = self._membership.now_s()
         torn, report.torn = report.torn, []
+        failures = Failures()
         for entry in torn:
-            if now_s - entry.modified_s <= TORN_AGE_S:
+            if failures.everywhere:
+                return
+            if now_s - entry.modified_s <= TORN_AGE_S or failures.cover(entry.namespace, entry.key):
                 continue
             try:
                 # A writer may have replaced it.
@@ -319,7 +342,8 @@ class Evictor:
                 was_there = self._tree.unlink(entry.namespace, entry.key)
             except PrefixStoreError as error:
                 LOG.warning("a torn blob stays: %s", error)
-                return
+                failures.add(entry.namespace, entry.key)
+                continue
             # A row that it had from better days counts in its place.
             (row,) = self._hints.get_many(entry.namespace, [entry.key])
             counted = row.file_bytes if row is not None else 0

@@ -112,7 +112,7 @@ class Recorder:
             f"{directory}/{day}-{self._writer}.json",
             DayDocument(namespace=self._namespace, hours=hours),
             os_calls=self._root.os_calls,
-            group_shared=self._root.group_shared,
+            mode=self._root.document_mode,
         )
         self._told, self._day, self._hours = sums, day, hours
 

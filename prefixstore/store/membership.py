@@ -41,6 +41,11 @@ class Membership:
         now_s = self._clock.wall_s() if ahead_s is None else self._clock.monotonic_s() + ahead_s
         return min(max(0, int(now_s)), COUNT_MAX)
 
+    @property
+    def knows_time(self) -> bool:
+        """Whether the file server's clock is known, and not just this host's."""
+        return self._ahead_s is not None
+
     def announce(self) -> None:
         """Make sure that this writer is known, and that it counts as alive.
 
@@ -60,14 +65,14 @@ class Membership:
                 self._learn_time()
             self._refresh_at_s = now_s + REFRESH_S
 
-    def reap(self) -> int:
-        """Remove what dead writers left behind; return how many files that were.
+    def reap(self) -> Reaped:
+        """Remove what dead writers left behind.
 
         Raises:
             FullError, UnavailableError: The root cannot be written or listed.
         """
         self.announce()
-        return self._writers.reap(server_now_s=self.now_s(), spare=self._writer).files
+        return self._writers.reap(server_now_s=self.now_s(), spare=self._writer)
 
     def reap_thoroughly(self, *, dry_run: bool) -> Reaped:
         """Look for what the dead left behind in every directory, and remove it or only tell.

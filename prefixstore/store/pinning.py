@@ -53,15 +53,18 @@ class PinBook:
             return self._counts
 
     def remove_ended(self, *, now_s: int) -> int:
-        """Remove the files of pins that have ended; return how many."""
-        ended = [pin for pin in self._pins if not pin.holds(now_s)]
+        """Remove the files of pins that have ended, put back what a killed host has moved aside.
+
+        Returns how many were removed; what cannot be removed holds nothing, either.
+        """
         removed = 0
-        for pin in ended:
-            # What cannot be removed holds nothing, either.
+        for pin in self._pins:
             with contextlib.suppress(PrefixStoreError):
+                if pin.holds(now_s):
+                    self.files.put_back(pin)
                 # Someone may have given the name to a new pin meanwhile.
-                if self.files.read(pin.name) == pin:
-                    removed += self.files.remove(pin.name)
+                elif self.files.read(pin.name) == pin:
+                    removed += self.files.remove_ended(pin)
         return removed
 
     def _read_signature(self) -> Signature:

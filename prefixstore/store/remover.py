@@ -5,7 +5,8 @@ them, and the next reconciliation finds them again. The other order would leave 
 promises that a load cannot keep, for which the engine reserves memory in vain.
 
 Chunks come children first and blobs go in that order, so a crash at any point leaves whole prefixes. For
-the same reason a blob that cannot be removed keeps all its ancestors.
+the same reason a blob that cannot be removed keeps all its ancestors, and one in a directory where several
+could not is not tried.
 """
 
 import errno
@@ -82,6 +83,9 @@ class Remover:
 
     def _unlink(self, chunk: Doomed, tally: Tally) -> bool:
         """Remove one blob; return whether it is gone."""
+        if tally.failures.cover(chunk.namespace, chunk.key):
+            tally.kept["error"] += 1
+            return False
         try:
             # "Not there" may come from a server that forgot our handle: it is believed only after
             # another look, or the chunk's parent would go before it.
@@ -90,7 +94,7 @@ class Remover:
                 path = self._tree.root.layout.blob(chunk.namespace, chunk.key)
                 raise UnavailableError(errno.ESTALE, f"{path} is still there after it was removed")
         except PrefixStoreError as error:
-            tally.failed(error)
+            tally.failed(chunk.namespace, chunk.key, error)
             return False
         if chunk.namespace == self._namespace:
             self._present.forget((chunk.key,))

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 
 from prefixstore.clock import Clock
-from prefixstore.errors import InvalidError, PrefixStoreError
+from prefixstore.errors import PrefixStoreError
 from prefixstore.keys import NamespaceId
 from prefixstore.store.limits import Limits, LimitsBook
 from prefixstore.store.usage import STEP_BYTES, Usage
@@ -97,7 +97,7 @@ class Space:
         """Return why a blob of ``file_bytes`` must not be stored now, with a sentence, or None."""
         try:
             limits = self._limits.current()
-        except InvalidError as error:
+        except PrefixStoreError as error:
             return SkipReason.LIMITS, str(error)
         if not limits.any:
             return None
@@ -121,8 +121,8 @@ class Space:
             self._free_bytes -= file_bytes
             self._since_refresh_bytes += file_bytes
 
-    def wants_eviction(self) -> bool:
-        """Whether so much is stored that it is time to evict."""
+    def wants_eviction(self, *, whole: bool = False) -> bool:
+        """Whether so much is stored that it is time to evict; with ``whole``, by the limits of the root alone."""
         limits = self._limits.known()
         if not limits.any:
             return False
@@ -133,7 +133,7 @@ class Space:
             return True
         if limits.min_free_bytes and free_bytes < limits.min_free_bytes:
             return True
-        return any(
+        return not whole and any(
             used.get(namespace, 0) > own_bytes * HIGH_SHARE
             for namespace, own_bytes in limits.namespaces.items()
         )

@@ -1,19 +1,60 @@
-"""The running sums of one eviction or removal."""
+"""The running sums of one eviction or removal, and where it failed.
 
-from collections import Counter
-from typing import TYPE_CHECKING
+A damaged directory fails the removals of its own chunks, a namespace of another user all of its own, a root
+that cannot be written every one. Keys are spread over all directories, so a few failures tell which it is. What
+fails is passed over and the rest goes on: or one directory would keep the whole root from being evicted from.
+"""
+
+from collections import Counter, defaultdict
 
 from prefixstore.errors import PrefixStoreError
+from prefixstore.keys import Key, NamespaceId
 from prefixstore.policy.eviction import EvictionPlan
 from prefixstore.store.values import EvictionReport, PlannedGroup
 
-if TYPE_CHECKING:
-    from prefixstore.keys import NamespaceId
+__all__ = ["Failures", "Tally"]
 
-__all__ = ["Tally"]
+ERRORS_KEPT = 16
+LEAF_FAILURES_MAX = 2
+OUTER_FAILURES_MAX = 8
+OUTERS_MAX = 16
+NAMESPACES_MAX = 4
+"""Removals that may fail in one directory of blobs, and below one of the 256 directories above them, before
+the rest there is not tried any more; below how many of those the whole namespace is not; and for how many
+namespaces the run is given up. Each failure can take as long as a mount takes to fail; fewer would take a
+damaged directory for more than it is."""
 
-ERRORS_MAX = 16
-"""Removals that may fail before a plan is given up: a root that cannot be written fails them all."""
+
+class Failures:
+    """Where the removals of one run failed; used by one thread."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._addresses: set[tuple[NamespaceId, Key]] = set()
+        self._places: Counter[tuple[NamespaceId, bytes]] = Counter()
+        self._outers: defaultdict[NamespaceId, set[bytes]] = defaultdict(set)
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether it is the root that fails, and not some directories."""
+        failed = sum(len(outers) >= OUTERS_MAX for outers in self._outers.values())
+        return failed >= NAMESPACES_MAX
+
+    def add(self, namespace: NamespaceId, key: Key) -> None:
+        """Note that a chunk could not be removed."""
+        self.count += 1
+        self._addresses.add((namespace, key))
+        self._places.update([(namespace, key[:1]), (namespace, key[:2])])
+        self._outers[namespace].add(key[:1])
+
+    def cover(self, namespace: NamespaceId, key: Key) -> bool:
+        """Whether a chunk is not to be tried any more: it failed, or too many did beside it."""
+        return self.count > 0 and (
+            (namespace, key) in self._addresses
+            or self._places[namespace, key[:2]] >= LEAF_FAILURES_MAX
+            or self._places[namespace, key[:1]] >= OUTER_FAILURES_MAX
+            or len(self._outers.get(namespace, ())) >= OUTERS_MAX
+        )
 
 
 class Tally:
@@ -29,7 +70,7 @@ class Tally:
         self.kept: Counter[str] = Counter()
         self.errors: list[str] = []
         self.gave_up = False
-        self._failures = 0
+        self.failures = Failures()
         self._groups: dict[tuple[NamespaceId, str], tuple[int, int, int, int]] = {}
 
     def planned(self, plan: EvictionPlan) -> None:
@@ -53,13 +94,13 @@ class Tally:
         self.evicted_chunks += 1
         self.freed_bytes += file_bytes
 
-    def failed(self, error: PrefixStoreError) -> None:
-        """Note a removal that failed; too many end the run."""
-        self._failures += 1
+    def failed(self, namespace: NamespaceId, key: Key, error: PrefixStoreError) -> None:
+        """Note a removal that failed; failures in several namespaces end the run."""
+        self.failures.add(namespace, key)
         self.kept["error"] += 1
-        if len(self.errors) < ERRORS_MAX:
+        if len(self.errors) < ERRORS_KEPT:
             self.errors.append(str(error))
-        self.gave_up = self._failures >= ERRORS_MAX
+        self.gave_up = self.gave_up or self.failures.everywhere
 
     def give_up(self, why: str) -> None:
         """End the run for a reason that lies in no single removal."""

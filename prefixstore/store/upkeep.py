@@ -172,21 +172,25 @@ class Upkeep:
             What was done; errors are told in it, not raised.
 
         Raises:
-            InvalidError: The store is read-only, or there is no limit at all.
+            InvalidError: The store is read-only, there is no limit at all, or it is the root's and cannot be
+                understood.
+            UnavailableError: It is the root's and cannot be read.
         """
         self._check_open()
         if self.read_only and not dry_run:
             raise InvalidError(f"{self.root.path} was opened read-only: it evicts nothing")
-        own = max_bytes is None and max_age_s is None
-        limits = self.limits()
-        if own and not limits.any:
+        # Who gives limits goes by those alone, and need not know the root's.
+        limits = self.limits() if max_bytes is None and max_age_s is None else None
+        if limits is not None and not limits.any:
             raise InvalidError(
                 "evict needs a limit: max_bytes, max_age_s, or limits of the root or in the settings"
             )
         return self._evictor.evict(
             self._target(max_bytes, only_age=max_age_s is not None),
-            namespace_bytes=self._parts.space.namespace_targets if own else lambda _: {},
-            max_age_s=limits.max_age_s if own else max_age_s,
+            namespace_bytes=(lambda _: {})
+            if limits is None
+            else self._parts.space.namespace_targets,
+            max_age_s=max_age_s if limits is None else limits.max_age_s,
             dry_run=dry_run,
             scan=scan,
         )
@@ -224,6 +228,7 @@ class Upkeep:
 
         Raises:
             InvalidError: The root's limits cannot be understood.
+            UnavailableError: They cannot be read.
         """
         return self._parts.limits.current()
 

@@ -62,7 +62,7 @@ class SkipReason(StrEnum):
     QUOTA = "quota"
     """The root, or the namespace, holds all that it may; eviction has been asked for."""
     LIMITS = "limits"
-    """The root's limits cannot be understood, so they cannot be kept."""
+    """The root's limits cannot be read or understood, so they cannot be kept."""
     LOW_SPACE = "low_space"
     """The filesystem has less room than ``min_free_bytes``."""
     FULL = "full"

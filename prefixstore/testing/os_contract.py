@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from prefixstore.tree.osfs import FILE_MODE, Entry, Os, write_whole
+from prefixstore.tree.osfs import FILE_MODE, GROUP_FILE_MODE, Entry, Os, write_whole
 
 __all__ = ["OsContract", "read_file", "write_file"]
 
@@ -215,15 +215,16 @@ class OsContract:
         assert abs(one - two) < SAME_TIME_S
 
     def test_what_a_file_is(self, a: Os, directory: str) -> None:
-        """Length, kind, and something of it on the disk once that is synced."""
+        """Length, kind, permissions, and something of it on the disk once that is synced."""
         write_file(a, f"{directory}/file", bytes(10000))
         fd = a.open(f"{directory}/file", os.O_WRONLY)
         a.sync_data(fd)
         a.sync(fd)
         a.close(fd)
-        a.set_mode(f"{directory}/file", 0o640)
+        a.set_mode(f"{directory}/file", GROUP_FILE_MODE)
         found = a.stat(f"{directory}/file")
         assert (found.size_bytes, found.is_file, found.is_directory) == (10000, True, False)
+        assert found.mode == GROUP_FILE_MODE
         assert found.disk_bytes > 0
 
     def test_room(self, a: Os, directory: str) -> None:

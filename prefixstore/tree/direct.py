@@ -56,7 +56,7 @@ class DirectIo:
         """
         if not self._is_demanded:
             return
-        path = f"{root.layout.writers}/{uuid.uuid4().hex}.probe"
+        path = root.layout.probe(uuid.uuid4().hex)
         page = memoryview(mmap.mmap(-1, ALIGN_BYTES))
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | self.flag
         try:

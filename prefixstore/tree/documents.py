@@ -15,7 +15,7 @@ import msgspec
 
 from prefixstore.config import DOCUMENT_BYTES_MAX
 from prefixstore.errors import InvalidError
-from prefixstore.tree.osfs import GROUP_FILE_MODE, Os, write_whole
+from prefixstore.tree.osfs import Os, write_whole
 from prefixstore.tree.trouble import is_absence, is_missing, lacks_links, translate
 
 __all__ = [
@@ -59,24 +59,24 @@ def read_document(path: str, kind: type[T], *, os_calls: Os) -> T | None:
         ) from error
 
 
-def put_document(path: str, document: msgspec.Struct, *, os_calls: Os, group_shared: bool) -> None:
+def put_document(path: str, document: msgspec.Struct, *, os_calls: Os, mode: int | None) -> None:
     """Write a document unless one is there already: then leave that one alone. Durable on return.
 
     Args:
         path: Its name.
         document: What it says.
         os_calls: The seam.
-        group_shared: Let the group read and write it, whatever the umask says.
+        mode: Its permissions, past the umask; None leaves them to the umask.
 
     Raises:
         InvalidError: It is longer than any reader accepts.
         FullError, UnavailableError: It cannot be written.
     """
-    _write(path, document, os_calls=os_calls, group_shared=group_shared, replace=False)
+    _write(path, document, os_calls=os_calls, mode=mode, replace=False)
 
 
 def replace_document(
-    path: str, document: msgspec.Struct, *, os_calls: Os, group_shared: bool
+    path: str, document: msgspec.Struct, *, os_calls: Os, mode: int | None
 ) -> None:
     """Write a document in the place of any that is there; else as ``put_document``.
 
@@ -84,7 +84,7 @@ def replace_document(
         InvalidError: It is longer than any reader accepts; the one that is there stays.
         FullError, UnavailableError: It cannot be written.
     """
-    _write(path, document, os_calls=os_calls, group_shared=group_shared, replace=True)
+    _write(path, document, os_calls=os_calls, mode=mode, replace=True)
 
 
 def ensure_directory(path: str, *, os_calls: Os, mode: int | None = None) -> None:
@@ -158,7 +158,7 @@ def _read(fd: int, path: str, *, os_calls: Os) -> bytes:
 
 
 def _write(
-    path: str, document: msgspec.Struct, *, os_calls: Os, group_shared: bool, replace: bool
+    path: str, document: msgspec.Struct, *, os_calls: Os, mode: int | None, replace: bool
 ) -> None:
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     content = memoryview(msgspec.json.format(msgspec.json.encode(document), indent=2))
@@ -172,10 +172,12 @@ def _write(
         try:
             write_whole(os_calls, fd, content)
             os_calls.sync_data(fd)
+            made = os_calls.stat_open(fd).mode
         finally:
             os_calls.close(fd)
-        if group_shared:
-            os_calls.set_mode(temporary, GROUP_FILE_MODE)
+        # A mount without permissions of its own shows the same for all files, and may refuse to set them.
+        if mode is not None and made != mode:
+            os_calls.set_mode(temporary, mode)
         if replace:
             os_calls.rename(temporary, path)
         else:

@@ -114,7 +114,7 @@ class Lease:
             self._path(epoch),
             EpochDocument(holder=self._holder),
             os_calls=self._os,
-            group_shared=self._root.group_shared,
+            mode=self._root.document_mode,
         )
         if not self._is_mine(self._look().sight, epoch):
             return False

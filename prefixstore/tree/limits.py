@@ -72,9 +72,7 @@ def write_limits(root: Root, document: LimitsDocument) -> None:
     Raises:
         FullError, UnavailableError: They cannot be written.
     """
-    replace_document(
-        root.layout.limits, document, os_calls=root.os_calls, group_shared=root.group_shared
-    )
+    replace_document(root.layout.limits, document, os_calls=root.os_calls, mode=root.document_mode)
 
 
 def remove_limits(root: Root) -> bool:

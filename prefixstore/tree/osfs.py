@@ -30,6 +30,7 @@ class Stat(NamedTuple):
         device: The filesystem it is on.
         is_file: Whether it is a regular file.
         is_directory: Whether it is a directory.
+        mode: Its permissions, setuid, setgid and sticky bits included.
     """
 
     size_bytes: int
@@ -39,6 +40,7 @@ class Stat(NamedTuple):
     device: int
     is_file: bool
     is_directory: bool
+    mode: int
 
 
 class Entry(NamedTuple):
@@ -236,4 +238,5 @@ def _stat(info: os.stat_result) -> Stat:
         device=info.st_dev,
         is_file=stat_bits.S_ISREG(info.st_mode),
         is_directory=stat_bits.S_ISDIR(info.st_mode),
+        mode=stat_bits.S_IMODE(info.st_mode),
     )

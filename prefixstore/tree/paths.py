@@ -5,6 +5,7 @@
     ns/<id>/<aa>/<bb>/<key>.kv       a blob; aa and bb are the first two bytes of its key
     ns/<id>/<aa>/<bb>/.<writer>.<n>.tmp    a blob that is not published yet
     writers/<writer>.json            who the writer is
+    writers/<id>.probe               a try whether the root can be written
     limits.json                      what all hosts keep to
     pins/<name>.json                 a named set of keys that eviction keeps
     prefill/<claimant>.json          a process that computes prompts ahead of need
@@ -31,6 +32,7 @@ __all__ = [
     "is_fan",
     "is_namespace",
     "is_pin_name",
+    "is_probe",
     "is_writer",
     "temporary_writer",
 ]
@@ -39,6 +41,7 @@ BLOB_SUFFIX = ".kv"
 _FAN = re.compile(r"[0-9a-f]{2}")
 _ID = re.compile(r"[0-9a-f]{32}")
 _PIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_PROBE = re.compile(r"[0-9a-f]{32}\.probe")
 _TEMPORARY = re.compile(r"\.([0-9a-f]{32})\.[0-9a-f]{1,16}\.tmp")
 _BLOB = re.compile(rf"((?:[0-9a-f]{{2}}){{{KEY_BYTES_MIN},{KEY_BYTES_MAX}}})\.kv")
 
@@ -67,6 +70,11 @@ def is_namespace(name: str) -> bool:
 def is_writer(name: str) -> bool:
     """Whether a name is a writer's id."""
     return _ID.fullmatch(name) is not None
+
+
+def is_probe(name: str) -> bool:
+    """Whether a file's name is that of a try whether the root can be written."""
+    return _PROBE.fullmatch(name) is not None
 
 
 def temporary_writer(name: str) -> str | None:
@@ -146,6 +154,10 @@ class Layout:
     def writer(self, writer: str) -> str:
         """Return the file that says who a writer is."""
         return f"{self.writers}/{writer}.json"
+
+    def probe(self, name: str) -> str:
+        """Return the file of a try whether the root can be written; ``name`` has 32 hex digits."""
+        return f"{self.writers}/{name}.probe"
 
     def pin(self, name: str) -> str:
         """Return a pin's file.

@@ -17,6 +17,10 @@ it torn, and the next store of the key replaces it.
 Only <aa> and <bb> are ever made here, one level at a time. If the namespace's directory is not there, the
 mount is gone or the namespace was removed, and a store must fail rather than fill the disk below the
 mount point.
+
+In a root of a group a directory takes two calls, one to make it and one to let the group write there. Until
+the second nobody can write there, its maker neither, so that it is empty if its maker dies between them:
+whoever is refused there removes an empty directory and makes it again.
 """
 
 import contextlib
@@ -43,6 +47,8 @@ has taken, and once; more only while another host makes the same directory, whic
 trips to the server. Too few skip a store."""
 NAME_ATTEMPTS = 3
 """To name a file: once for links that the filesystem does not have, and once."""
+UNFINISHED_DIRECTORY_MODE = 0o555
+"""Of a group's directory that is being made: scans and loads may pass, and nobody may write."""
 
 
 class Publisher:
@@ -111,8 +117,10 @@ class Publisher:
                 if attempt + 1 == CREATE_ATTEMPTS:
                     raise
             except OSError as error:
-                if is_absence(error) and attempt + 1 < CREATE_ATTEMPTS:
-                    self._make_leaf(temporary.rpartition("/")[0])
+                leaf = temporary.rpartition("/")[0]
+                is_last = attempt + 1 == CREATE_ATTEMPTS
+                if not is_last and (is_absence(error) or self._removes_unfinished(leaf, error)):
+                    self._make_leaf(leaf)
                 elif self._direct.refused(error, flag=flag):
                     flag = 0
                 else:
@@ -172,18 +180,41 @@ class Publisher:
             try:
                 self._make_directory(path)
             except OSError as error:
-                if not is_absence(error) or attempt + 1 == CREATE_ATTEMPTS:
+                outer = path.rpartition("/")[0]
+                is_last = attempt + 1 == CREATE_ATTEMPTS
+                if is_last or not (is_absence(error) or self._removes_unfinished(outer, error)):
                     raise
-                self._make_directory(path.rpartition("/")[0])
+                self._make_directory(outer)
             else:
                 return
 
     def _make_directory(self, path: str) -> None:
         """Make one directory, unless it has appeared meanwhile."""
         with contextlib.suppress(FileExistsError):
-            self._os.make_directory(path)
-            if self._root.group_shared:
+            if not self._root.group_shared:
+                self._os.make_directory(path)
+                return
+            self._os.make_directory(path, UNFINISHED_DIRECTORY_MODE)
+            # A crash here leaves an empty directory, which the next store below removes.
+            try:
                 self._os.set_mode(path, GROUP_DIRECTORY_MODE)
+            except OSError as error:
+                # Another store took it for such a one: it is gone, or another user's now.
+                if not (is_absence(error) or isinstance(error, PermissionError)):
+                    raise
+
+    def _removes_unfinished(self, path: str, error: OSError) -> bool:
+        """Remove a directory whose maker died before it could be written; return whether that was it.
+
+        One that is not empty is no such directory, and is refused for a reason that stays.
+        """
+        if not self._root.group_shared or error.errno != errno.EACCES:
+            return False
+        try:
+            self._os.remove_directory(path)
+        except OSError:
+            return False
+        return True
 
     def _is_there(self, path: str) -> bool:
         try:

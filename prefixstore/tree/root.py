@@ -4,10 +4,15 @@
 every open and never guessed: a directory without it is a root only if it is empty, and becomes one when
 it is opened for writing.
 
+Whoever may read ``store.json`` may read every other document: tools are run by other users than engines are,
+with other umasks, and one that some engine cannot read is worse for it than one that is not there. A root that
+was made for a group is so for everybody who opens it, whatever their settings say.
+
 A namespace is a directory whose name is derived from the namespace's fields. The name is never believed:
 the manifest in it holds the fields in full, and they are compared at every open.
 """
 
+import contextlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -19,7 +24,7 @@ import msgspec
 from prefixstore.errors import InvalidError, UnavailableError
 from prefixstore.keys import Fields, NamespaceId, namespace_id
 from prefixstore.tree.documents import ensure_directory, put_document, read_document
-from prefixstore.tree.osfs import FILE_MODE, Os, RealOs
+from prefixstore.tree.osfs import FILE_MODE, GROUP_FILE_MODE, Os, RealOs
 from prefixstore.tree.paths import Layout, is_namespace
 from prefixstore.tree.trouble import is_missing, translate
 
@@ -29,6 +34,7 @@ FORMAT = 1
 """The layout of a root. A reader refuses any other: a root is never converted by opening it."""
 FAN_OUT = (256, 256)
 GROUP_DIRECTORY_MODE = 0o2770
+GROUP_WRITES = 0o020
 STRAY_NAMES_SHOWN = 5
 _NOTHING = object()
 """Stands for a field that is not there; None is a value of JSON."""
@@ -61,12 +67,15 @@ class Root:
         layout: Its paths.
         os_calls: The seam through which it is reached.
         group_shared: Whether what is made is writable by the group.
+        document_mode: The permissions of ``store.json``, for all other documents; None leaves them to the
+            umask.
     """
 
     store_id: str
     layout: Layout
     os_calls: Os
     group_shared: bool = False
+    document_mode: int | None = None
 
     @classmethod
     def create(cls, path: str, *, os_calls: Os | None = None, group_shared: bool = False) -> Self:
@@ -95,7 +104,8 @@ class Root:
                     "store.json): name an empty or a new directory"
                 )
             document = RootDocument(prefixstore_root=uuid.uuid4().hex, format=FORMAT)
-            put_document(layout.store, document, os_calls=calls, group_shared=group_shared)
+            file_mode = GROUP_FILE_MODE if group_shared else None
+            put_document(layout.store, document, os_calls=calls, mode=file_mode)
         root = cls.open(path, os_calls=calls, group_shared=group_shared)
         root.make_directories()
         return root
@@ -103,6 +113,11 @@ class Root:
     @classmethod
     def open(cls, path: str, *, os_calls: Os | None = None, group_shared: bool = False) -> Self:
         """Open a root; changes nothing.
+
+        Args:
+            path: Its absolute path.
+            os_calls: The seam to the filesystem; the machine's if None.
+            group_shared: Treat it as a group's, though it may not have been made for one.
 
         Raises:
             InvalidError: It is no root, or of another format.
@@ -122,11 +137,14 @@ class Root:
                 f"{layout.store}: format {document.format} with fan-out {document.fan_out}, expected "
                 f"{FORMAT} with {FAN_OUT}: use the version of prefixstore that made this root"
             )
+        mode = _mode_of(calls, layout.store)
+        group_shared = group_shared or _is_of_group(calls, layout, store_mode=mode)
         return cls(
             store_id=document.prefixstore_root,
             layout=layout,
             os_calls=calls,
             group_shared=group_shared,
+            document_mode=GROUP_FILE_MODE if group_shared else mode,
         )
 
     @property
@@ -161,7 +179,7 @@ class Root:
                 path,
                 Manifest(fields=wanted),
                 os_calls=self.os_calls,
-                group_shared=self.group_shared,
+                mode=self.document_mode,
             )
             manifest = self.manifest(identity)
             if manifest is None:
@@ -198,6 +216,12 @@ class Root:
         """Make a directory and its parents with the root's permissions; raises ``OSError``."""
         mode = GROUP_DIRECTORY_MODE if self.group_shared else None
         ensure_directory(path, os_calls=self.os_calls, mode=mode)
+        if mode is None:
+            return
+        # Its maker may have died before it gave it its mode.
+        with contextlib.suppress(OSError):  # Another user's is theirs to mend.
+            if not self.os_calls.stat(path).mode & GROUP_WRITES:
+                self.os_calls.set_mode(path, mode)
 
     def check_writable(self) -> None:
         """Make and remove a file, as a writer does.
@@ -205,11 +229,13 @@ class Root:
         Raises:
             FullError, UnavailableError: It cannot; the error says why.
         """
-        path = f"{self.layout.writers}/{uuid.uuid4().hex}.probe"
+        path = self.layout.probe(uuid.uuid4().hex)
         try:
             fd = self.os_calls.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
-            self.os_calls.close(fd)
-            self.os_calls.unlink(path)
+            try:
+                self.os_calls.close(fd)
+            finally:
+                self.os_calls.unlink(path)
         except OSError as error:
             raise translate(error, doing="write", path=path) from error
 
@@ -278,6 +304,25 @@ def _absolute(path: str) -> str:
             "different directories"
         )
     return path.rstrip("/") or "/"
+
+
+def _mode_of(calls: Os, path: str) -> int | None:
+    """Return a file's permissions; None if the filesystem does not say."""
+    try:
+        return calls.stat(path).mode
+    except OSError:
+        return None
+
+
+def _is_of_group(calls: Os, layout: Layout, *, store_mode: int | None) -> bool:
+    """Whether a root was made for the users of one group.
+
+    A umask can give ``store.json`` the same mode, and so can a mount that shows one mode for all files; only
+    a root of a group has setgid directories besides.
+    """
+    if store_mode != GROUP_FILE_MODE:
+        return False
+    return _mode_of(calls, layout.namespaces) == GROUP_DIRECTORY_MODE
 
 
 def _refuse_missing(layout: Layout, calls: Os) -> None:

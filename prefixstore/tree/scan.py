@@ -54,18 +54,33 @@ def scan_blobs(
 
 
 def scan_temporaries(
-    calls: Os, layout: Layout, namespace: NamespaceId
+    calls: Os,
+    layout: Layout,
+    namespace: NamespaceId,
+    *,
+    pass_over: Callable[[PrefixStoreError], None],
 ) -> Iterator[tuple[str, str]]:
     """Yield writer and path of each unpublished file of a namespace.
 
-    Raises:
-        UnavailableError: A directory cannot be read.
+    Args:
+        calls: The seam.
+        layout: The root's paths.
+        namespace: Which.
+        pass_over: Told of each directory that cannot be read; may raise to end the scan.
     """
+
+    def names(path: str, *, directories: bool) -> list[str]:
+        try:
+            return names_in(calls, path, directories=directories)
+        except PrefixStoreError as error:
+            pass_over(error)
+            return []
+
     base = layout.namespace(namespace)
-    for outer in _fans(calls, base):
-        for inner in _fans(calls, f"{base}/{outer}"):
+    for outer in filter(is_fan, names(base, directories=True)):
+        for inner in filter(is_fan, names(f"{base}/{outer}", directories=True)):
             leaf = f"{base}/{outer}/{inner}"
-            for name in names_in(calls, leaf, directories=False):
+            for name in names(leaf, directories=False):
                 if (writer := temporary_writer(name)) is not None:
                     yield writer, f"{leaf}/{name}"
 

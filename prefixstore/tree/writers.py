@@ -11,9 +11,11 @@ A wrong guess costs a writer one store, which it tries again with the next reque
 file is never half published.
 
 Looking for orphans lists every directory of blobs, so it is done only when the file of a dead writer says
-that there may be some; a writer that ends in order takes its file along.
+that there may be some; a writer that ends in order takes its file along. A few directories that cannot be
+read are passed over, and the file of the dead writer stays until somebody has read them all.
 
-Documents are written to temporary files, too. Those name no writer, and go when they are a day old.
+Documents are written to temporary files, too, and who tries whether a root can be written makes one. Those
+name no writer, and go when they are a day old.
 """
 
 import contextlib
@@ -25,9 +27,9 @@ from pathlib import Path
 
 import msgspec
 
-from prefixstore.errors import InvalidError, PrefixStoreError
+from prefixstore.errors import PrefixStoreError
 from prefixstore.tree.documents import is_temporary_document, put_document, read_document
-from prefixstore.tree.paths import is_writer
+from prefixstore.tree.paths import is_probe, is_writer
 from prefixstore.tree.root import Root
 from prefixstore.tree.scan import names_in, scan_temporaries
 from prefixstore.tree.trouble import is_missing
@@ -39,6 +41,9 @@ REFRESH_S = 3600.0
 PRESUMED_DEAD_S = 86400.0
 """A writer of another host that was silent for so long is dead, or its network is; in both cases its
 unfinished files are of no use. Longer keeps more orphans, by 16 buffers a crash at most."""
+UNREAD_MAX = 16
+"""Directories to pass over: as many as a scan for an eviction hides. Each can take as long as a mount takes to
+fail, and a host that cannot read more of them reads nothing."""
 
 
 class WriterDocument(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,10 +59,17 @@ class WriterDocument(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reaped:
-    """What a reaping removed: writers' ids and temporary files."""
+    """What a reaping removed, or would remove.
+
+    Attributes:
+        writers: Ids of dead writers that have left nothing.
+        files: How many temporary files.
+        unread: Sentences on the directories that could not be read; what they hold is left.
+    """
 
     writers: tuple[str, ...]
     files: int
+    unread: tuple[str, ...] = ()
 
 
 def this_process() -> WriterDocument:
@@ -97,7 +109,7 @@ class Writers:
             self._root.layout.writer(writer),
             self._this,
             os_calls=self._os,
-            group_shared=self._root.group_shared,
+            mode=self._root.document_mode,
         )
 
     def refresh(self, writer: str) -> None:
@@ -113,7 +125,11 @@ class Writers:
         self._remove(self._root.layout.writer(writer))
 
     def known(self) -> dict[str, WriterDocument | None]:
-        """Return the announced writers with their documents; None for one whose document is bad."""
+        """Return the announced writers with their documents; None for one that cannot be read or understood.
+
+        Raises:
+            UnavailableError: They cannot be listed.
+        """
         layout = self._root.layout
         files = names_in(self._os, layout.writers, directories=False)
         names = (name.removesuffix(".json") for name in files if name.endswith(".json"))
@@ -121,7 +137,7 @@ class Writers:
         for name in sorted(filter(is_writer, names)):
             try:
                 found[name] = read_document(layout.writer(name), WriterDocument, os_calls=self._os)
-            except InvalidError:
+            except PrefixStoreError:
                 found[name] = None
         return found
 
@@ -143,10 +159,11 @@ class Writers:
             dry_run: Only tell what would be removed.
 
         Raises:
-            UnavailableError: A directory cannot be listed.
+            UnavailableError: The namespaces or the writers cannot be listed.
         """
         layout = self._root.layout
         remove = _spare if dry_run else self._remove
+        files, unread = self._reap_documents(server_now_s=server_now_s, remove=remove)
         known = self.known()
         suspects = {
             writer
@@ -154,41 +171,63 @@ class Writers:
             if writer != spare
             and self._is_dead(document, [layout.writer(writer)], server_now_s=server_now_s)
         }
-        orphans = self._temporaries() if suspects or thorough else {}
+        orphans, hidden = self._temporaries() if suspects or thorough else ({}, [])
         dead: list[str] = []
-        files = 0
         for writer in sorted({*suspects, *orphans} - {spare}):
             paths = orphans.get(writer, [])
             signs = [layout.writer(writer), *paths]
             if self._is_dead(known.get(writer), signs, server_now_s=server_now_s):
                 files += sum(map(remove, paths))
-                remove(layout.writer(writer))
-                dead.append(writer)
-        files += self._reap_documents(server_now_s=server_now_s, remove=remove)
-        return Reaped(writers=tuple(dead), files=files)
+                if not hidden:
+                    remove(layout.writer(writer))
+                    dead.append(writer)
+        return Reaped(writers=tuple(dead), files=files, unread=(*hidden, *unread))
 
-    def _temporaries(self) -> dict[str, list[str]]:
-        """Return the unpublished files of all namespaces by their writer."""
+    def _temporaries(self) -> tuple[dict[str, list[str]], list[str]]:
+        """Return the unpublished files of all namespaces by their writer, and what hides others of them."""
         found: dict[str, list[str]] = {}
-        for namespace in self._root.namespaces():
-            for writer, path in scan_temporaries(self._os, self._root.layout, namespace):
-                found.setdefault(writer, []).append(path)
-        return found
+        hidden: list[str] = []
 
-    def _reap_documents(self, *, server_now_s: float, remove: Callable[[str], bool]) -> int:
+        def pass_over(error: PrefixStoreError) -> None:
+            hidden.append(str(error))
+            if len(hidden) > UNREAD_MAX:
+                raise error
+
+        try:
+            for namespace in self._root.namespaces():
+                for writer, path in scan_temporaries(
+                    self._os, self._root.layout, namespace, pass_over=pass_over
+                ):
+                    found.setdefault(writer, []).append(path)
+        except PrefixStoreError as error:
+            if not hidden:
+                hidden.append(str(error))
+        return found, hidden
+
+    def _reap_documents(
+        self, *, server_now_s: float, remove: Callable[[str], bool]
+    ) -> tuple[int, list[str]]:
+        """Remove old temporary documents and tries; return how many, and what could not be read."""
         layout = self._root.layout
         directories = [layout.root, layout.writers, layout.pins, layout.collector, layout.history]
         directories.append(layout.scrub)
         directories += [layout.namespace(namespace) for namespace in self._root.namespaces()]
         files = 0
+        unread: list[str] = []
         for directory in directories:
-            for name in names_in(self._os, directory, directories=False):
+            try:
+                names = names_in(self._os, directory, directories=False)
+            except PrefixStoreError as error:
+                unread.append(str(error))
+                continue
+            for name in names:
                 path = f"{directory}/{name}"
-                if not is_temporary_document(name):
+                is_try = directory == layout.writers and is_probe(name)
+                if not (is_try or is_temporary_document(name)):
                     continue
                 if server_now_s - self._last_seen_s([path]) > PRESUMED_DEAD_S:
                     files += remove(path)
-        return files
+        return files, unread
 
     def _is_dead(
         self, document: WriterDocument | None, signs: list[str], *, server_now_s: float

@@ -19,7 +19,7 @@ from prefixstore.errors import InvalidError
 from prefixstore.index.memory_index import MemoryIndex
 from prefixstore.keys import namespace_id
 from prefixstore.store import PrefixStore
-from prefixstore.testing.chains import FIELDS, FILE_BYTES
+from prefixstore.testing.chains import FIELDS, FILE_BYTES, chain, store_chain
 from prefixstore.tree.lease import Lease
 from tests.cli.conftest import Fill, Run
 
@@ -62,6 +62,33 @@ def line_of(process: "subprocess.Popen[str]") -> str:
 
 
 # limits
+
+
+@pytest.mark.parametrize("made", [(), ("--group-shared",)])
+def test_what_an_operator_writes_is_for_the_engines_to_read(
+    tmp_path: Path, run: Run, made: tuple[str, ...]
+) -> None:
+    """Limits, pins and scans have the mode of the root's own document, whatever umask they are run with."""
+    root = str(tmp_path / "shared")
+    assert run("init", root, *made).code == 0
+    keys = chain("a", 2)
+    with PrefixStore.open(root, namespace=FIELDS, index=None) as store:
+        store_chain(store, keys)
+    before = os.umask(0o077)
+    try:
+        for verb in (
+            ("limits", root, "--max-bytes", "1GiB", "--max-age", "1d"),
+            ("pin", root, "bot", "--namespace", NAMESPACE, "--key", keys[1].hex()),
+            ("gc", root, "--yes"),
+            ("scrub", root),
+        ):
+            assert run(*verb).code == 0, verb
+    finally:
+        os.umask(before)
+    documents = [path for path in Path(root).rglob("*.json") if path.parent.name != "writers"]
+    modes = {path.name: path.stat().st_mode & 0o777 for path in documents}
+    assert {"store.json", "limits.json", "bot.json", "scan.json", "cursor.json"} <= modes.keys()
+    assert set(modes.values()) == {0o660 if made else 0o644}
 
 
 def test_limits_are_set_shown_and_lifted(root: str, run: Run, fill: Fill) -> None:

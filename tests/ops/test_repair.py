@@ -140,6 +140,27 @@ def test_nothing_is_dropped_where_not_all_can_be_read(
     assert plan.errors
 
 
+def test_where_orphans_could_not_be_looked_for_is_told(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reaping passes over what it cannot read; who repairs a root hears of it."""
+    with opened(CHAINED) as store:
+        scan = type(store.root.os_calls).scan
+
+        def failing(calls: object, path: str) -> object:
+            if path.endswith("/history"):
+                raise OSError(5, "Input/output error")
+            return scan(calls, path)
+
+        monkeypatch.setattr(type(store.root.os_calls), "scan", failing)
+        plan = plan_repair(store)
+        (error,) = plan.errors
+        report = carry_out(store, plan)
+
+    assert "/history" in error
+    assert report.errors == (error,)
+
+
 def test_torn_files_and_orphans_go(opened: Open, tmp_path: Path) -> None:
     """A short file under a blob's name is kept for people, a dead writer's files for nobody."""
     with opened(CHAINED) as store:

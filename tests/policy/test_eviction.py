@@ -299,4 +299,49 @@ def test_a_namespace_gives_what_it_has_to() -> None:
     short = plan_eviction(
         chunks, find=lambda *_: None, free_bytes=50, free_by_namespace={two: 40, one: 10}
     )
-    assert (len(short.victims), short.short_bytes) == (4, 10)
+    assert (len(short.victims), short.short_bytes) == (5, 10)
+
+
+def test_what_a_namespace_cannot_give_is_found_elsewhere() -> None:
+    """A pinned namespace above its own limit keeps nobody else's chunks, and the plan says what it owes."""
+    chunks = forest(
+        [make(at, used_s=at, pins=1) for at in range(4)]
+        + [make(at, used_s=at)._replace(namespace=TWO) for at in range(4, 8)]
+    )
+    found = plan(chunks, free_bytes=25, free_by_namespace={ONE: 30})
+    assert (names(found), found.short_bytes) == (["4", "5", "6"], 30)
+    assert names(plan(chunks, free_by_namespace={ONE: 30})) == []
+    cut = plan(chunks, free_bytes=40, free_by_namespace={ONE: 30}, victims_max=3)
+    assert (names(cut), cut.truncated) == (["4", "5", "6"], True)
+
+
+@given(data=st.data(), chunks=forests())
+@settings(max_examples=300, deadline=None)
+def test_limits_of_namespaces_neither_take_too_much_nor_too_little(data, chunks):
+    """The whole and each namespace give what they have to or have nothing left, and nobody gives more."""
+    addresses = [chunk.address for chunk in chunks]
+    busy = set(data.draw(st.lists(st.sampled_from(addresses), max_size=3)) if addresses else [])
+    free_bytes = data.draw(st.integers(0, 40))
+    own = data.draw(st.dictionaries(st.sampled_from([ONE, TWO]), st.integers(0, 30)))
+    used_before_s = data.draw(st.integers(0, 3))
+    found = plan(
+        chunks,
+        busy=busy,
+        free_bytes=free_bytes,
+        free_by_namespace=own,
+        used_before_s=used_before_s,
+    )
+    left = {chunk.address: chunk for chunk in chunks}
+    needed, owed = free_bytes, dict(own)
+    for victim in found.victims:
+        gone = left.pop((victim.namespace, victim.key))
+        assert not any((other.namespace, other.parent) == gone.address for other in left.values())
+        wanted = owed.get(victim.namespace, 0)
+        assert needed > 0 or wanted > 0 or victim.used_s < used_before_s
+        needed = max(0, needed - victim.file_bytes)
+        owed[victim.namespace] = max(0, wanted - victim.file_bytes)
+    may_go, _ = by_the_book(list(left.values()), busy=busy, free_bytes=10**6, used_before_s=0)
+    assert not needed or not may_go
+    for namespace, wanted in owed.items():
+        assert not wanted or all(chunk.namespace != namespace for chunk in may_go)
+    assert found.short_bytes == max(needed, sum(owed.values()))

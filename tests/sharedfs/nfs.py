@@ -202,6 +202,7 @@ class _Stat64(ctypes.Structure):
             device=self.dev,
             is_file=stat_bits.S_ISREG(self.mode),
             is_directory=stat_bits.S_ISDIR(self.mode),
+            mode=stat_bits.S_IMODE(self.mode),
         )
 
 

@@ -4,13 +4,18 @@ import errno
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from prefixstore.store import PrefixStore, SkipReason
+from prefixstore.store.collector import LOOK_S, PASS_S
 from prefixstore.store.evictor import BATCH_VICTIMS
 from prefixstore.testing.chains import FILE_BYTES, chain, chunk_at, payload_of, store_chain
 from prefixstore.testing.clock import ManualClock
 from prefixstore.testing.faults import Call, Cut, Fail, FaultyOs, When
 from prefixstore.tree.lease import BEAT_S, PATIENCE_S, Lease
+from prefixstore.tree.limits import LimitsDocument, write_limits
 from prefixstore.tree.osfs import RealOs
+from prefixstore.tree.root import Root
 
 OpenStore = Callable[..., PrefixStore]
 
@@ -91,3 +96,86 @@ def test_a_full_disk_is_evicted_from_without_a_lease(open_store: OpenStore, root
     calls.reset(When(fault=Fail(errno.ENOSPC), name="write_from", forever=True))
     store.work()
     assert (blobs(root), store.counters()["evictions"]) == (17, 1)
+
+
+@pytest.mark.parametrize("damage", ["a directory", "scan.json"])
+def test_a_pass_that_cannot_end_is_made_no_more_often(
+    open_store: OpenStore, root: str, damage: str
+) -> None:
+    """Nobody hears of it, and each is a scan of the whole tree; an eviction that is needed comes at once."""
+    limits = LimitsDocument(max_age_s=5 * PASS_S, max_bytes=20 * FILE_BYTES)
+    write_limits(Root.create(root), limits)
+    clock, calls, keys = ManualClock(), FaultyOs(RealOs()), chain("a", 10)
+    store = open_store(clock=clock, os_calls=calls, index=None)
+    store_chain(store, keys)
+    store.work()
+    leaf = f"/{keys[3].hex()[:2]}/{keys[3].hex()[2:4]}"
+    calls.reset(
+        When(
+            fault=Fail(errno.EIO),
+            name="scan",
+            matches=lambda c: c.path.endswith(leaf),
+            forever=True,
+        )
+        if damage == "a directory"
+        else When(
+            fault=Fail(errno.ENOSPC),
+            name="write_from",
+            matches=lambda c: "scan.json" in c.path,
+            forever=True,
+        )
+    )
+    before = store.counters().get("evictions", 0)
+    for _ in range(int(3 * PASS_S / LOOK_S)):
+        clock.advance(LOOK_S)
+        store.touch(keys)
+        store._collector.look()
+        store.work()
+    assert 2 <= store.counters()["evictions"] - before <= 4
+
+    store_chain(store, chain("b", 10))
+    clock.advance(LOOK_S)
+    store._collector.look()
+    store.work()
+    assert blobs(root) == 17
+
+
+def test_a_disk_that_was_full_once_is_not_evicted_from_later(
+    open_store: OpenStore, root: str
+) -> None:
+    """Where another host was at it then, and writes go well since."""
+    write_limits(Root.create(root), LimitsDocument(max_age_s=100 * PASS_S))
+    clock, calls = ManualClock(), FaultyOs(RealOs())
+    store = open_store(clock=clock, os_calls=calls, index=None)
+    store_chain(store, chain("a", 40))
+    store.work()
+    other = Lease(store.root, holder="b" * 32, clock=clock)
+    assert other.acquire()
+    calls.reset(When(fault=Fail(errno.ENOSPC), name="write_from", nth=1))
+    assert store_chain(store, chain("b", 1))[0].reason is SkipReason.FULL
+    store.work()
+    other.release()
+    clock.advance(60)
+    assert store_chain(store, chain("c", 1))[0].published
+    clock.advance(20 * PASS_S)
+    store._collector.look()
+    store.work()
+    store._collector.want_eviction()
+    store.work()
+    assert (store.counters()["evictions"], blobs(root)) == (2, 41)
+
+
+def test_a_pass_does_not_take_what_a_full_disk_asks_for(open_store: OpenStore, root: str) -> None:
+    """It goes by the limits; the eviction that was asked for is still to come."""
+    write_limits(Root.create(root), LimitsDocument(max_age_s=100 * PASS_S))
+    calls = FaultyOs(RealOs())
+    store = open_store(clock=ManualClock(), os_calls=calls, index=None)
+    store_chain(store, chain("a", 40))
+    store.work()
+    calls.reset(When(fault=Fail(errno.ENOSPC), name="write_from", nth=1))
+    assert store_chain(store, chain("b", 1))[0].reason is SkipReason.FULL
+    report = store.collect()
+    assert report is not None
+    assert (report.evicted_chunks, blobs(root)) == (0, 40)
+    store.work()
+    assert blobs(root) == 34

@@ -269,7 +269,7 @@ def test_a_chunk_that_is_used_after_the_plan_is_left(open_store: OpenStore) -> N
         def scan(self, path: str):
             if path.endswith("/pins"):
                 looks.append(path)
-                if len(looks) == 3:
+                if len(looks) == 4:
                     clock.advance(5)
                     neighbour.touch(keys)
                     neighbour.work()
@@ -487,7 +487,7 @@ def test_a_pin_made_meanwhile_counts(open_store: OpenStore) -> None:
             found = super().scan(path)
             if path.endswith("/pins"):
                 looks.append(path)
-                if len(looks) == 2:
+                if len(looks) == 3:
                     pinner.pin("late", keys)
             return found
 

@@ -1,14 +1,17 @@
 """Limits that lie in the root: every store obeys them, the tighter of root and settings holds."""
 
+import errno
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from prefixstore.errors import InvalidError
+from prefixstore.errors import InvalidError, UnavailableError
 from prefixstore.keys import NamespaceId
 from prefixstore.store import PrefixStore, SkipReason
-from prefixstore.store.collector import PASS_S
+from prefixstore.store.collector import LOOK_S as COLLECTOR_LOOK_S
+from prefixstore.store.collector import PASS_S, QUIET_S
 from prefixstore.store.limits import LOOK_S
 from prefixstore.testing.chains import (
     FIELDS,
@@ -19,7 +22,9 @@ from prefixstore.testing.chains import (
     store_chain,
 )
 from prefixstore.testing.clock import ManualClock
+from prefixstore.testing.faults import Call, Fail, FaultyOs, Hang, When
 from prefixstore.tree.limits import LimitsDocument, read_limits, remove_limits, write_limits
+from prefixstore.tree.osfs import RealOs
 from prefixstore.tree.root import Root
 
 OpenStore = Callable[..., PrefixStore]
@@ -99,6 +104,135 @@ def test_limits_that_are_not_understood_stop_stores_only(
     (Path(root) / "limits.json").unlink()
     clock.advance(LOOK_S)
     assert store_chain(store, chain("b", 1))[0].published
+
+
+def of_limits(call: Call) -> bool:
+    """Whether a call is on the root's limits."""
+    return call.path.endswith("limits.json")
+
+
+@pytest.mark.parametrize("name", ["stat", "open", "read_into"])
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EIO])
+def test_limits_that_were_never_read_stop_stores_only(
+    open_store: OpenStore, root: str, name: str, error: int
+) -> None:
+    """They are no less kept for a mode that some umask gave them; path and error are told, loads go on."""
+    set_limits(root, max_bytes=4 * FILE_BYTES)
+    clock, keys = ManualClock(), chain("a", 5)
+    store_chain(open_store(clock=clock, index=None), keys[:3])
+    calls = FaultyOs(RealOs(), When(fault=Fail(error), name=name, matches=of_limits, forever=True))
+    store = open_store(clock=clock, os_calls=calls, index=None)
+    for _ in range(3):
+        clock.advance(LOOK_S)
+        (skipped,) = store_chain(store, chain("b", 1))
+        assert skipped.reason is SkipReason.LIMITS
+        assert f"{root}/limits.json" in skipped.detail
+        assert errno.errorcode[error] in skipped.detail
+    assert load(store, keys[0]) == payload_of(keys[0])
+    with pytest.raises(UnavailableError, match=r"limits\.json"):
+        store.evict()
+    assert store.evict(3 * FILE_BYTES).left_chunks == 3
+
+    calls.reset()
+    clock.advance(LOOK_S)
+    store.reconcile()
+    reasons = [outcome.reason for outcome in store_chain(store, keys[3:])]
+    assert reasons == [None, SkipReason.QUOTA]
+
+
+def test_a_change_that_cannot_be_read_is_not_passed_over(open_store: OpenStore, root: str) -> None:
+    """Neither where there were no limits before, nor where there were others; the old ones come back sound."""
+    clock = ManualClock()
+    calls = FaultyOs(RealOs())
+    store = open_store(clock=clock, os_calls=calls, index=None)
+    limits, kept = Path(root) / "limits.json", Path(root) / "kept"
+    unreadable = When(fault=Fail(errno.EACCES), name="open", matches=of_limits, forever=True)
+    for max_bytes in (9 * FILE_BYTES, 8 * FILE_BYTES):
+        assert store_chain(store, chain("a", 1))[0].reason is None
+        set_limits(root, max_bytes=max_bytes)
+        calls.reset(unreadable)
+        clock.advance(LOOK_S)
+        assert store_chain(store, chain("b", 1))[0].reason is SkipReason.LIMITS
+        calls.reset()
+        clock.advance(LOOK_S)
+        assert store.limits().max_bytes == max_bytes
+
+    limits.rename(kept)
+    limits.write_text("{")
+    clock.advance(LOOK_S)
+    assert store_chain(store, chain("b", 1))[0].reason is SkipReason.LIMITS
+    kept.rename(limits)
+    clock.advance(LOOK_S)
+    assert store_chain(store, chain("b", 1))[0].reason is None
+
+
+def test_a_root_that_goes_away_keeps_its_limits(open_store: OpenStore, root: str) -> None:
+    """Whether its mount fails or leaves an empty directory behind; one that had none gets none."""
+    clock = ManualClock()
+    calls = FaultyOs(RealOs())
+    store = open_store(clock=clock, os_calls=calls, index=None)
+    assert not store.limits().any
+    failing = When(fault=Fail(errno.ENOTCONN), name="stat", matches=of_limits, forever=True)
+    calls.reset(failing)
+    clock.advance(LOOK_S)
+    assert not store.limits().any
+
+    calls.reset()
+    set_limits(root, max_bytes=9 * FILE_BYTES)
+    clock.advance(LOOK_S)
+    assert store.limits().max_bytes == 9 * FILE_BYTES
+    calls.reset(failing)
+    clock.advance(LOOK_S)
+    assert store.limits().max_bytes == 9 * FILE_BYTES
+    calls.reset()
+    Path(root).rename(f"{root}-away")
+    Path(root).mkdir()
+    clock.advance(LOOK_S)
+    assert store.limits().max_bytes == 9 * FILE_BYTES
+    Path(root).rmdir()
+    Path(f"{root}-away").rename(root)
+
+
+def test_nobody_takes_limits_that_are_being_read_for_none(open_store: OpenStore, root: str) -> None:
+    """Who asks while the first look hangs looks by itself."""
+    set_limits(root, max_bytes=9 * FILE_BYTES)
+    gate = threading.Event()
+    calls = FaultyOs(RealOs())
+    store = open_store(clock=ManualClock(), namespace=None, os_calls=calls, index=None)
+    calls.reset([When(fault=Hang(gate), nth=1, name="stat", matches=of_limits)])
+    first = threading.Thread(target=store.limits)
+    first.start()
+    while not calls.calls:
+        first.join(0.01)
+    try:
+        assert store.limits().max_bytes == 9 * FILE_BYTES
+    finally:
+        gate.set()
+        first.join()
+
+
+def test_a_namespace_that_cannot_give_costs_nobody_else_a_chunk_too_many(
+    open_store: OpenStore, root: str
+) -> None:
+    """Pinned above its own limit: the root is evicted from all the same, and not at every look."""
+    clock, pinned = ManualClock(), chain("pinned", 60)
+    other = open_store(namespace={**FIELDS, "model": "old"}, clock=clock, index=None)
+    store_chain(other, pinned)
+    other.work()
+    other.pin("documents", pinned)
+    store = open_store(clock=clock, index=None)
+    assert other.namespace is not None
+    set_limits(root, max_bytes=100 * FILE_BYTES, namespaces={other.namespace: 20 * FILE_BYTES})
+    reasons = []
+    for number in range(200):
+        clock.advance(COLLECTOR_LOOK_S)
+        reasons += [outcome.reason for outcome in store_chain(store, chain(str(number), 1))]
+        store_chain(other, chain(f"x{number}", 1))
+        store._collector.look()
+        store.work()
+    assert reasons == [None] * 200
+    assert (blobs(root, other.namespace), blobs(root) <= 95) == (60, True)
+    assert 2 <= store.counters()["evictions"] <= 200 * COLLECTOR_LOOK_S / QUIET_S + 1
 
 
 def test_a_namespace_keeps_to_its_own_limit(open_store: OpenStore, root: str) -> None:

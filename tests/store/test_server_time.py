@@ -1,5 +1,6 @@
 """The time that a store goes by: the file server's, whatever clock its own host has."""
 
+import errno
 import fcntl
 import os
 import time
@@ -10,6 +11,7 @@ from prefixstore.clock import SystemClock
 from prefixstore.store import PrefixStore
 from prefixstore.testing.chains import chain, load, payload_of, store_chain
 from prefixstore.testing.clock import ManualClock
+from prefixstore.testing.faults import Fail, FaultyOs, When
 from prefixstore.tree.osfs import RealOs
 
 OpenStore = Callable[..., PrefixStore]
@@ -65,6 +67,27 @@ def test_a_pin_of_a_host_that_did_not_know_the_time_is_held(open_store: OpenStor
     assert load(ahead, key) == payload_of(key)
     late = open_store(clock=ManualClock(start_s=time.time() + AHEAD_S), index=None)
     assert late.remove(keys).kept == {"pinned": 1}
+
+
+def test_while_the_time_cannot_be_learnt_every_pin_holds(open_store: OpenStore) -> None:
+    """A full disk takes no file to learn it from, and is evicted from all the same, but for what is pinned."""
+    pinned, free = chain("pinned", 2), chain("free", 2)
+    store = open_store(index=None)
+    store_chain(store, pinned)
+    store_chain(store, free)
+    store.pin("for-an-hour", pinned, ends_at_s=int(time.time()) + 3600)
+    disk = FaultyOs(RealOs())
+    ahead = open_store(
+        clock=ManualClock(start_s=time.time() + AHEAD_S),
+        os_calls=disk,
+        index=None,
+        background=False,
+    )
+    disk.reset(When(fault=Fail(errno.ENOSPC), name="write_from", forever=True))
+
+    assert ahead.evict(0).evicted_chunks == 2
+    assert [load(store, key) for key in pinned] == [payload_of(key) for key in pinned]
+    assert [pin.name for pin in store.pins()] == ["for-an-hour"]
 
 
 def test_a_host_that_did_not_know_the_time_goes_on_touching(open_store: OpenStore) -> None:

@@ -1,6 +1,7 @@
 """Two hosts that make one directory: a filesystem that contradicts itself for a moment is asked again."""
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,64 @@ def test_a_namespace_that_is_gone_is_not_asked_again(quick_path: Path) -> None:
         here.store(key_of("away"))
     assert len(calls.calls) < 8
     assert not Path(here.path).exists()
+
+
+class GroupOs(QuickOs):
+    """Refuses to write where permissions say so, to whoever runs the tests, too."""
+
+    def open(self, path: str, flags: int, mode: int = 0o666) -> int:
+        """See ``Os.open``."""
+        if flags & os.O_CREAT:
+            self._check(path)
+        return super().open(path, flags, mode)
+
+    def make_directory(self, path: str, mode: int = 0o777) -> None:
+        """See ``Os.make_directory``."""
+        self._check(path)
+        super().make_directory(path, mode)
+
+    def _check(self, path: str) -> None:
+        directory = path.rpartition("/")[0]
+        if Path(directory).exists() and not self.stat(directory).mode & 0o200:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_group_never_keeps_a_directory_that_it_cannot_write(quick_path: Path, nth: int) -> None:
+    """A maker that fails or dies before it gave a directory its mode leaves it to the next store, its own, too."""
+    calls = FaultyOs(GroupOs())
+    here = Fixture(str(quick_path / "root"), os_calls=calls, options={"group_shared": True})
+    calls.reset(When(fault=Fail(errno.EIO), name="set_mode", nth=nth))
+    with pytest.raises(UnavailableError):
+        here.store(RACED)
+    assert not here.store(RACED).existed
+    leaf = here.file_of(RACED).parent
+    modes = [path.stat().st_mode & 0o7777 for path in (leaf, leaf.parent)]
+    assert modes == [0o2770, 0o2770]
+
+
+def test_a_directory_that_was_taken_for_unfinished_is_made_again(quick_path: Path) -> None:
+    """Another host's store has removed it, or made it anew, before its maker gave it its mode."""
+    calls = FaultyOs(GroupOs())
+    here = Fixture(str(quick_path / "root"), os_calls=calls, options={"group_shared": True})
+    for error in (errno.ENOENT, errno.EPERM):
+        key = key_of(str(error))
+        calls.reset(When(fault=Fail(error), name="set_mode", nth=1))
+        assert not here.store(key).existed
+        assert here.load(key) == payload_of(key)
+
+
+def test_a_directory_that_may_not_be_written_is_left_alone(quick_path: Path) -> None:
+    """One that holds anything was finished once: somebody wants it so."""
+    calls = FaultyOs(GroupOs())
+    here = Fixture(str(quick_path / "root"), os_calls=calls, options={"group_shared": True})
+    here.store(RACED)
+    leaf = here.file_of(RACED).parent
+    leaf.chmod(0o2550)
+    beside = key_of("beside")
+    beside = type(beside)(RACED[:2] + beside[2:])
+    calls.reset()
+    with pytest.raises(UnavailableError, match="EACCES"):
+        here.store(beside)
+    assert leaf.stat().st_mode & 0o7777 == 0o2550
+    assert len(calls.calls) < 10

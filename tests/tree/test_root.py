@@ -1,5 +1,6 @@
 """A root is recognised, never guessed; a namespace is compared whole."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,7 +11,10 @@ import pytest
 
 from prefixstore.errors import InvalidError, PrefixStoreError, UnavailableError
 from prefixstore.keys import NamespaceId
+from prefixstore.testing.faults import Fail, FaultyOs, When
 from prefixstore.testing.quick import QuickOs
+from prefixstore.tree.limits import LimitsDocument, write_limits
+from prefixstore.tree.osfs import Stat
 from prefixstore.tree.pins import Pin, Pins
 from prefixstore.tree.root import Root, diff_fields
 from prefixstore.tree.writers import Writers, this_process
@@ -23,6 +27,16 @@ def create(path: Path, **options: bool) -> Root:
 
 def reopen(path: Path) -> Root:
     return Root.open(str(path), os_calls=QuickOs())
+
+
+class FlatOs(QuickOs):
+    """A mount that shows the same permissions for all that is on it, as those of other systems' files do."""
+
+    def stat(self, path: str) -> Stat:
+        return super().stat(path)._replace(mode=0o660)
+
+    def stat_open(self, fd: int) -> Stat:
+        return super().stat_open(fd)._replace(mode=0o660)
 
 
 def rewrite_identity(path: Path, **changes: object) -> None:
@@ -259,6 +273,67 @@ def test_group_shared_documents_are_for_the_group(tmp_path):
     assert modes == dict.fromkeys(
         ("store.json", "manifest.json", "p.json", f"{'ab' * 16}.json"), 0o660
     )
+
+
+@pytest.mark.parametrize(("group_shared", "mode"), [(False, 0o644), (True, 0o660)])
+def test_documents_are_as_readable_as_the_root(tmp_path, group_shared, mode):
+    """Whatever umask a tool is run with, and though nobody told it of the group."""
+    before = os.umask(0o022)
+    try:
+        create(tmp_path / "root", group_shared=group_shared)
+        os.umask(0o077)
+        root = reopen(tmp_path / "root")
+        write_limits(root, LimitsDocument(max_bytes=1))
+        Pins(root).write(Pin(name="p", namespace="ab" * 16, keys=(key_of("k"),), created_s=1))
+    finally:
+        os.umask(before)
+
+    assert root.group_shared is group_shared
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "root").rglob("*.json")}
+    assert modes == dict.fromkeys(("store.json", "limits.json", "p.json"), mode)
+
+
+def test_what_a_tool_makes_is_for_the_group_of_the_root(tmp_path):
+    """A namespace of an import would keep the engines of all other users out."""
+    create(tmp_path / "root", group_shared=True)
+    before = os.umask(0o022)
+    try:
+        namespace = create(tmp_path / "root").namespace(FIELDS, create=True)
+    finally:
+        os.umask(before)
+    directory = tmp_path / "root" / "ns" / namespace
+    assert directory.stat().st_mode & 0o7777 == 0o2770
+
+
+def test_a_umask_alone_makes_no_root_of_a_group(tmp_path):
+    """One user's own root stays as private as it is, though its documents look like a group's."""
+    before = os.umask(0o007)
+    try:
+        create(tmp_path / "root")
+        assert not reopen(tmp_path / "root").group_shared
+    finally:
+        os.umask(before)
+
+
+def test_a_directory_whose_maker_died_is_mended_at_the_next_opening(tmp_path):
+    """Without a mode of its own the rest of the group could write nothing there."""
+    calls = FaultyOs(QuickOs())
+    create(tmp_path / "root", group_shared=True)
+    root = Root.open(str(tmp_path / "root"), os_calls=calls)
+    calls.reset(When(fault=Fail(errno.EIO), name="set_mode", nth=1))
+    with pytest.raises(UnavailableError):
+        root.namespace(FIELDS, create=True)
+    namespace = root.namespace(FIELDS, create=True)
+    directory = tmp_path / "root" / "ns" / namespace
+    assert directory.stat().st_mode & 0o7777 == 0o2770
+
+
+def test_a_mount_without_permissions_is_asked_for_none(tmp_path):
+    """It shows one mode for every file and may refuse to set any."""
+    calls = FaultyOs(FlatOs(), When(fault=Fail(errno.EPERM), name="set_mode", forever=True))
+    root = Root.create(str(tmp_path / "root"), os_calls=calls)
+    write_limits(root, LimitsDocument(max_bytes=1))
+    assert calls.count("set_mode") == 0
 
 
 def test_differences_are_bounded():
