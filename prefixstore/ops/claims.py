@@ -3,9 +3,9 @@
     prefill/<claimant>.json          a process; its time changes with each beat
     prefill/<namespace>/<key>.<n>.json    the n-th claim on a chunk; names its claimant
 
-What is claimed is the first chunk of a prompt that is not stored yet, and with it all that follows. So two
-prompts that share their beginning are never begun twice, and once the beginning is stored, their ends
-are claimed by themselves. A claim is won by making its file where none is, which a filesystem grants to one
+What is claimed is the first chunk of a prompt that is not stored yet, and its last. So the beginning that two
+prompts share is never begun twice, once it is stored their ends are claimed by themselves, and nobody begins
+one whose chunks are just coming. A claim is won by making its file where none is, which a filesystem grants to one
 process only. It is never broken, only followed: whoever finds its claimant dead wins the next number, if it is
 the first to make that.
 

@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -195,7 +195,13 @@ def shelf() -> Iterator[Shelf]:
 
 
 def drive(
-    root: Root, shelf: Shelf, work: list[Work], *, slots: int = 1000, stores: bool = True
+    root: Root,
+    shelf: Shelf,
+    work: list[Work],
+    *,
+    slots: int = 1000,
+    stores: bool = True,
+    watch: Callable[[Progress], None] = lambda _progress: None,
 ) -> tuple[Progress, ToyEngine]:
     """Run a driver to its end."""
     clock = ManualClock()
@@ -207,7 +213,7 @@ def drive(
             claims,
             slots=slots,
             store_reason=lambda: "the store is full",
-            watch=lambda progress: None,
+            watch=watch,
             clock=clock,
         )
         driver.run(work)
@@ -285,6 +291,29 @@ def test_processes_share_the_work(root: Root, shelf: Shelf) -> None:
     assert [progress.done_prompts for progress in results] == [16] * 3
     assert set(shelf.computed.values()) == {1}
     assert sum(progress.stored_chunks for progress in results) == len(shelf.chunks)
+
+
+def test_a_prompt_whose_chunks_are_coming_is_left_to_who_computes_it(
+    root: Root, shelf: Shelf
+) -> None:
+    """Another process has computed it, and its chunks come one after the other."""
+    (work,) = work_of(FAMILY[0])
+    coming = list(work.needed)
+    with Claims(root, NAMESPACE) as other:
+        assert other.acquire(coming[0])
+        assert other.acquire(coming[-1])
+
+        def store_next(_: Progress) -> None:
+            if coming:
+                shelf.chunks[coming.pop(0)] = 4096
+            if not coming:
+                other.close()
+
+        shelf.chunks[coming.pop(0)] = 4096
+        progress, _ = drive(root, shelf, [work], watch=store_next)
+
+    assert shelf.computed == {}
+    assert (progress.stored_chunks, progress.done_prompts) == (0, 1)
 
 
 def test_a_prompt_of_a_dead_process_is_taken_over(root: Root, shelf: Shelf) -> None:

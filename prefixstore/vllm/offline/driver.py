@@ -6,7 +6,7 @@ hosts. A prompt is done when its chunks are seen in the root, whoever stored the
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -181,26 +181,31 @@ class Driver:
         return len(stay) < len(looked_at)
 
     def _begin(self, work: Work, first: Key) -> bool:
-        """Claim a prompt and queue it; False if another process has claimed it."""
+        """Claim a prompt and queue it; False if another process has claimed it.
+
+        Its first missing chunk is claimed for all prompts that begin alike, and its last for itself: while
+        the chunks come one after the other, the first that is missing has no claim.
+        """
+        claimed = (first, work.needed[-1])
         try:
-            if not self._claims.acquire(first):
-                return False
+            is_ours = all(map(self._claims.acquire, claimed))
         except InvalidError as error:
+            self._release(claimed)
             self._end(work, error=str(error))
             return True
         # Whoever had the claim until now may just have stored the chunk.
-        if self._seen.first_missing(work) != first:
-            self._claims.release(first)
+        if not is_ours or self._seen.first_missing(work) != first:
+            self._release(claimed)
             return False
         request = f"prefill-{next(self._numbers)}"
         try:
             self._engine.add(request, work.tokens)
         except ValueError as error:
-            self._claims.release(first)
+            self._release(claimed)
             self._end(work, error=f"the engine does not take it: {error}")
             return True
         work.was_computed = True
-        self._running[request] = _Begun(work=work, claimed=first, stored_before=work.stored)
+        self._running[request] = _Begun(work=work, claimed=claimed, stored_before=work.stored)
         return True
 
     def _take(self, computed: Computed) -> None:
@@ -238,11 +243,15 @@ class Driver:
         self._settling = still
 
     def _count(self, begun: "_Begun") -> None:
-        """Account for what came while a prompt was worked on, and let go of its claim."""
+        """Account for what came while a prompt was worked on, and let go of its claims."""
         came = begun.work.needed[begun.stored_before : begun.work.stored]
         self.progress.stored_chunks += len(came)
         self.progress.stored_bytes += sum(self._seen.sizes[key] for key in came)
-        self._claims.release(begun.claimed)
+        self._release(begun.claimed)
+
+    def _release(self, claimed: Iterable[Key]) -> None:
+        for key in claimed:
+            self._claims.release(key)
 
     def _end(self, work: Work, *, error: str | None = None) -> None:
         work.error = error
@@ -264,12 +273,12 @@ class _Begun:
 
     Attributes:
         work: The prompt.
-        claimed: The chunk that is claimed for it.
+        claimed: The chunks that are claimed for it.
         stored_before: How many of its chunks were stored when it began.
         seen_at_s: When a chunk of it came last, or the engine was through with it.
     """
 
     work: Work
-    claimed: Key
+    claimed: tuple[Key, ...]
     stored_before: int
     seen_at_s: float = 0.0
