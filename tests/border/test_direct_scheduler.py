@@ -23,6 +23,7 @@ def request(name: str = "r", *, tokens: int = 70, **fields: Any) -> Any:
         num_tokens=tokens,
         num_prompt_tokens=tokens,
         num_computed_tokens=0,
+        num_in_flight_tokens=0,
         block_hashes=[bytes([n]) * 32 for n in range(tokens // 8)],
         skip_reading_prefix_cache=False,
         kv_transfer_params=None,
@@ -159,7 +160,7 @@ def test_a_step_tells_which_stores_its_blocks_end():
     it.found(it.step(), 0, 0)
     stores = it.step({"r": 70}).stores
     numbers = [store.number for store in stores]
-    it.books.finish(r)
+    it.books.finish(r, [BLOCKS])
     it.settle(numbers[:1], 0, 1)
     it.settle(numbers[1:2], 0)
     assert it.books.is_reading
@@ -178,7 +179,7 @@ def test_the_blocks_of_a_load_are_given_away_too():
     it.books.count_matched(ended, 0)
     it.found(it.step(), 0)
     stores = it.step({"ended": 70}).stores
-    it.books.finish(ended)
+    it.books.finish(ended, [BLOCKS])
     it.books.add(r)
     it.books.count_matched(r, 0)
     it.found(it.step(), 2)
@@ -195,7 +196,7 @@ def test_an_engine_steps_on_for_stores_only_while_they_move():
     it.books.count_matched(r, 0)
     it.found(it.step(), 0)
     stores = it.step({"r": 70}).stores
-    it.books.finish(r)
+    it.books.finish(r, [BLOCKS])
     it.clock.advance(4.0)
     it.settle([stores[0].number], 0)
     it.clock.advance(4.0)

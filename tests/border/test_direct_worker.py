@@ -1,234 +1,29 @@
-"""A worker of the direct path with a real I/O process, and plain memory for its KV cache."""
+"""What a worker of the direct path finds, loads, stores and tells."""
 
-import ctypes
 import os
 import signal
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
-from prefixstore.clock import SystemClock
-from prefixstore.config import StoreConfig
-from prefixstore.ioproc.client import IoClient
-from prefixstore.ioproc.jobs import Limits, StoreTarget
-from prefixstore.keys import Key
-from prefixstore.vllm.direct.device import Device, HostDevice
-from prefixstore.vllm.direct.messages import (
-    FindOrder,
-    GroupFind,
-    LoadChunk,
-    LoadOrder,
-    StepOrders,
-    StoreOrder,
+from prefixstore.vllm.direct.device import HostDevice
+from prefixstore.vllm.direct.messages import FindOrder, GroupFind, StepOrders
+from tests.border.direct_rig import (
+    PATIENCE_S,
+    STALE,
+    FailingDevice,
+    Rig,
+    SlowDevice,
+    fill,
+    find,
+    key,
+    load,
+    stop,
+    store,
 )
-from prefixstore.vllm.direct.pages import Pages, Region
-from prefixstore.vllm.direct.ring import StagingRing
-from prefixstore.vllm.direct.worker import DirectWorker, Patience
-
-PAGE_BYTES = 5000
-BLOCKS = 12
-PATIENCE_S = 20.0
-STALE = b"\xee"
-
-
-class Counts:
-    """Counts what a worker observes."""
-
-    def __init__(self) -> None:
-        self.misses: Counter[str] = Counter()
-        self.skips: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
-
-    def missed(self, reason: str, chunks: int = 1) -> None:
-        self.misses[reason] += chunks
-
-    def skipped(self, reason: str, chunks: int = 1) -> None:
-        self.skips[reason] += chunks
-
-    def moved(self, *, loaded_bytes: int = 0, stored_bytes: int = 0) -> None:
-        self.bytes.update(loaded=loaded_bytes, stored=stored_bytes)
-
-
-class SlowDevice(HostDevice):
-    """A device whose copies end when the test says so."""
-
-    def __init__(self) -> None:
-        self.is_slow = False
-        self.held: list[Any] = []
-
-    def store(self, copies: Any, *, after: Any) -> Any:
-        super().store(copies, after=after)
-        return "store"
-
-    def is_past(self, mark: Any) -> bool:
-        return not (self.is_slow and mark == "store")
-
-    def hold_model(self, mark: Any) -> None:
-        self.held.append(mark)
-
-
-class Rig:
-    """A worker, its cache of two layers, and steps like a model runner's."""
-
-    def __init__(
-        self, root: Path, index: Path, *, slots: int, device: Device, **limits: Any
-    ) -> None:
-        self._memory = [ctypes.create_string_buffer(PAGE_BYTES * BLOCKS) for _ in range(2)]
-        pages = Pages(
-            [
-                Region(
-                    address=ctypes.addressof(layer),
-                    stride_bytes=PAGE_BYTES,
-                    page_bytes=PAGE_BYTES,
-                    blocks=BLOCKS,
-                )
-                for layer in self._memory
-            ],
-            blocks_per_chunk=1,
-        )
-        ring = StagingRing(device.allocate(slots * 3 * 4096), payload_bytes=pages.payload_bytes)
-        assert slots == ring.count
-        self.counts = Counts()
-        self.worker = DirectWorker(
-            pages=[pages],
-            device=device,
-            ring=ring,
-            observer=self.counts,
-            patience=Patience(load=limits.get("load_deadline_s", 10.0)),
-            clock=SystemClock(),
-            element_bytes=2,
-        )
-        self.client = IoClient(
-            StoreTarget(
-                root=str(root),
-                namespace=msgspec.json.encode({"model": "test"}),
-                options=msgspec.json.encode(StoreConfig(index_dir=str(index), miss_ttl_s=0.0)),
-            ),
-            Limits(**{"buffer_count": 4, "buffer_bytes": pages.payload_bytes, **limits}),
-        )
-        self.settled: list[int] = []
-        self.found: dict[int, int] = {}
-        self.failed_requests: set[str] = set()
-        self.loads: list[tuple[float, float, int]] = []
-        self.steps_ended = 0
-        self.loaded: dict[
-            str, set[int]
-        ] = {}  # Request → blocks that failed in the step it ended in.
-
-    def write(self, block: int, content: bytes) -> None:
-        for number, layer in enumerate(self._memory):
-            page = (content * PAGE_BYTES)[: PAGE_BYTES - 1] + bytes([number])
-            ctypes.memmove(ctypes.addressof(layer) + block * PAGE_BYTES, page, PAGE_BYTES)
-
-    def read(self, block: int) -> tuple[bytes, ...]:
-        begin = block * PAGE_BYTES
-        return tuple(layer.raw[begin : begin + PAGE_BYTES] for layer in self._memory)
-
-    def step(self, **orders: Any) -> tuple[set[str], set[int]]:
-        """Do what a model runner does in one step; return who was loaded, and what failed."""
-        step = StepOrders(**orders)
-        self.worker.lose_blocks(step)
-        self.worker.start(step)
-        self.worker.save(step)
-        loaded = self.worker.poll()
-        failed = self.worker.take_failed_blocks()
-        self.failed_requests |= self.worker.take_failed_requests()
-        self.loaded.update(dict.fromkeys(loaded, failed))
-        if (report := self.worker.take_report()) is not None:
-            self.settled += report.settled
-            self.loads += report.loads
-            self.steps_ended += report.ends_step
-            self.found.update({t: sum(sum(part) for part in f) for t, f in report.found.items()})
-        return loaded, failed
-
-    def step_until(self, condition: Callable[[], bool], what: str) -> None:
-        end_s = time.monotonic() + PATIENCE_S
-        while not condition():
-            assert time.monotonic() < end_s, f"waited {PATIENCE_S} s for {what}"
-            self.step()
-            time.sleep(0.002)
-
-    def await_load(self, name: str) -> set[int]:
-        """Step until a request's load has ended; return the blocks that were not brought."""
-        end_s = time.monotonic() + PATIENCE_S
-        while name not in self.loaded:
-            assert time.monotonic() < end_s, f"waited {PATIENCE_S} s for the load of {name}"
-            self.step()
-            time.sleep(0.002)
-        return self.loaded.pop(name)
-
-
-def stop(rig: Rig) -> int:
-    """Stop a worker's I/O process, wait until all its threads stand still, and return its id."""
-    process = rig.client._pump._process
-    assert process is not None
-    os.kill(process.pid, signal.SIGSTOP)
-
-    def stands() -> bool:
-        states = (path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/stat"))
-        return all(state.rpartition(")")[2].split()[0] == "T" for state in states)
-
-    rig.step_until(stands, "the process to stand still")
-    return process.pid
-
-
-def key(number: int) -> Key:
-    return Key(bytes([number]) * 32 + bytes(4))
-
-
-def store(number: int, *, block: int, name: str = "r") -> StoreOrder:
-    return StoreOrder(
-        number=number,
-        request_id=name,
-        key=key(number),
-        parent=key(number - 1) if number > 1 else None,
-        end_token=16 * number,
-        blocks=(block,),
-    )
-
-
-def find(ticket: int, *numbers: int) -> FindOrder:
-    group = GroupFind(keys=tuple(map(key, numbers)), chunk_tokens=16, is_chained=True)
-    return FindOrder(ticket=ticket, groups=(group,))
-
-
-def load(name: str, places: dict[int, int], *, is_whole: bool = False) -> LoadOrder:
-    chunks = [LoadChunk(key=key(n), blocks=(block,), first=0) for n, block in places.items()]
-    return LoadOrder(request_id=name, chunks=tuple(chunks), is_whole=is_whole)
-
-
-@pytest.fixture
-def new_rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
-    """Give a function that makes workers on one root, bound to an open store; all are closed."""
-    rigs: list[Rig] = []
-
-    def make(*, slots: int = 4, device: Device | None = None, **limits: Any) -> Rig:
-        index = tmp_path / f"index-{len(rigs)}"
-        rig = Rig(tmp_path / "root", index, slots=slots, device=device or HostDevice(), **limits)
-        rigs.append(rig)
-        rig.worker.bind(rig.client)
-        rig.step_until(lambda: rig.worker.state == "on", "the store to open")
-        return rig
-
-    yield make
-    for rig in rigs:
-        rig.worker.close(2.0)
-
-
-def fill(rig: Rig, count: int) -> None:
-    """Publish chunks 1 to ``count``; chunk ``n`` holds the byte ``n``."""
-    for number in range(1, count + 1):
-        rig.write(number, bytes([number]))
-    rig.step(stores=[store(n, block=n) for n in range(1, count + 1)])
-    whole = rig.read(1)
-    rig.step_until(
-        lambda: count * sum(map(len, whole)) == rig.counts.bytes["stored"], "all to be stored"
-    )
 
 
 def test_more_chunks_than_buffers_are_stored_and_loaded(new_rig: Callable[..., Rig]) -> None:
@@ -326,7 +121,7 @@ def test_an_engine_that_ends_publishes_what_waits(new_rig: Callable[..., Rig]) -
     for number in range(1, 11):
         rig.write(number, bytes([number]))
     rig.step(stores=[store(n, block=n) for n in range(1, 11)])
-    rig.worker.close(10.0)
+    rig.worker.close(10.0, last=[])
     reader.step(finds=[find(1, *range(1, 11))])
     reader.step_until(lambda: 1 in reader.found, "an answer")
 
@@ -336,7 +131,7 @@ def test_an_engine_that_ends_publishes_what_waits(new_rig: Callable[..., Rig]) -
 def test_a_store_that_comes_after_the_end_is_closed(tmp_path: Path) -> None:
     """Identifying weights may take longer than the engine lives."""
     rig = Rig(tmp_path / "root", tmp_path / "index", slots=4, device=HostDevice())
-    rig.worker.close(0.1)
+    rig.worker.close(0.1, last=[])
     rig.worker.bind(rig.client)
 
     assert "off" == rig.worker.state or rig.client._pump._process is None
@@ -360,13 +155,13 @@ def test_the_first_lookup_waits_for_the_store_to_open(tmp_path: Path) -> None:
     first = Rig(tmp_path / "root", tmp_path / "index", slots=4, device=HostDevice())
     first.worker.bind(first.client)
     fill(first, 2)
-    first.worker.close(5.0)
+    first.worker.close(5.0, last=[])
     rig = Rig(tmp_path / "root", tmp_path / "index", slots=4, device=HostDevice())
     rig.step(finds=[find(1, 1, 2)])
     assert {} == rig.found
     rig.worker.bind(rig.client)
     rig.step_until(lambda: 1 in rig.found, "an answer")
-    rig.worker.close(2.0)
+    rig.worker.close(2.0, last=[])
 
     assert {1: 2} == rig.found
 
@@ -416,27 +211,6 @@ def test_after_a_bug_the_ring_is_whole_again(new_rig: Callable[..., Rig]) -> Non
     fill(rig, 3)
 
 
-class FailingDevice(SlowDevice):
-    """A slow device of which one call fails."""
-
-    fails = ""
-
-    def store(self, copies: Any, *, after: Any) -> Any:
-        self._fail("store")
-        return super().store(copies, after=after)
-
-    def hold_model(self, mark: Any) -> None:
-        self._fail("hold_model")
-        super().hold_model(mark)
-
-    def finish(self) -> None:
-        self._fail("finish")
-
-    def _fail(self, call: str) -> None:
-        if call == self.fails:
-            raise OSError(call)
-
-
 @pytest.mark.parametrize("broken", ["device", "client"])
 def test_a_copy_that_fails_costs_its_stores_only(
     new_rig: Callable[..., Rig], broken: str, monkeypatch: pytest.MonkeyPatch
@@ -473,13 +247,13 @@ def test_a_device_that_cannot_be_held_publishes_nothing_of_what_is_overwritten(
     rig.step(stores=[store(n, block=n) for n in (1, 2, 3)])
     device.fails = "hold_model"
     with pytest.raises(OSError, match="hold_model"):
-        rig.worker.lose_blocks(StepOrders(overwritten=[1, 3]))
+        rig.worker.begin(rig.next_orders(overwritten=[1, 3]))
     device.fails, device.is_slow = "", False
     rig.step_until(lambda: not rig.client.busy, "what was left")
     rig.step(finds=[find(7, 1, 2, 3)])
     rig.step_until(lambda: 7 in rig.found, "an answer")
 
-    assert {"overwritten": 1, "error": 1} == rig.counts.skips
+    assert {"overwritten": 1, "error": 2} == rig.counts.skips
     assert {7: 0} == rig.found, "chained from the first"
 
 

@@ -4,10 +4,11 @@ import importlib.util
 import itertools
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,6 +16,9 @@ from tests.vllm import models
 from tests.vllm.engine import Engine, EngineConfig, ForkServer, fork_server
 from tests.vllm.server import ApiServer
 from tests.vllm.stores import CHUNKS, CPU_BYTES, FLOAT32, PROMPTS, Place, Reference, until
+
+if TYPE_CHECKING:
+    from tests.vllm.schedulers import Machine, NewMachine
 
 HERE = Path(__file__).parent
 LOGS = pytest.StashKey[list[Path]]()
@@ -101,6 +105,41 @@ def start_engine(
     yield start
     for engine in started:
         engine.kill()
+
+
+@pytest.fixture
+def new_machine(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> "Iterator[NewMachine]":
+    """Give a function that makes engines without a model on one root; all are closed.
+
+    Each waits until its store is in a state, on unless said otherwise.
+    """
+    from tests.vllm.schedulers import MODES, Machine
+
+    for name, value in {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # This process may be older than the model, which an engine's process never is.
+    monkeypatch.setattr("prefixstore.vllm.fingerprint.process_start_s", time.time)
+    machines: list[Machine] = []
+
+    def make(
+        mode: str = "tier",
+        *,
+        options: Mapping[str, Any] | None = None,
+        state: str = "on",
+        **fields: Any,
+    ) -> "Machine":
+        given = {"root": str(tmp_path / "root"), "miss_ttl_s": 0.001, **MODES[mode]}
+        machine = Machine(tiny_llama, {**given, **(options or {})}, **fields)
+        machines.append(machine)
+        machine.await_state(state)
+        return machine
+
+    yield make
+    for machine in machines:
+        machine.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,12 +45,18 @@ LAYERS = ("model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn")
 VOCABULARY = 40
 PATIENCE_S = 20.0
 
+MODES: dict[str, dict[str, Any]] = {
+    "tier": {"cpu_bytes_to_use": 2**20, "load_policy": "always"},
+    "direct": {"mode": "direct", "buffers_bytes": 2**20},
+}
+"""The connector's options of each of our two ways."""
+
 BOOKS = frozenset(
     {
         "requests", "_requests", "_questions", "_asking", "_results", "_storing", "_renamed",
         "_accounted", "_preemptions", "_promised", "_waits_since_s", "_req_status", "_req_state",
-        "_jobs", "_finds", "_stores", "_loads", "_chunks", "_stores_waiting", "_batches",
-        "_keys_storing", "_failed_blocks", "_failed_requests", "_finds_waiting", "_readers",
+        "_jobs", "_finds", "_ended", "_stores", "_loads", "_chunks", "_failed_blocks",
+        "_failed_requests", "_finds_waiting", "_readers",
     }
 )  # fmt: skip
 """Attributes that tell of requests and transfers under way, in vLLM's scheduler and in ours."""
@@ -382,6 +388,10 @@ def _placement(layer: str, size: int, page_bytes: int) -> dict[str, Any]:
         "block_stride": page_bytes,
     }
     return {name: value for name, value in values.items() if name in names}
+
+
+NewMachine = Callable[..., Machine]
+"""Makes one on the test's root: ``conftest.new_machine``."""
 
 
 def answers_of(prompt: Sequence[int], count: int) -> list[int]:

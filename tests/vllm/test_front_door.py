@@ -1,42 +1,16 @@
 """What the front door does beside vLLM's connector, above vLLM's real scheduler and without an engine."""
 
 import random
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prefixstore.vllm import backends, connector
 from prefixstore.vllm.worth import OBSERVATIONS_NEEDED
-from tests.vllm.schedulers import TOKENS, VOCABULARY, Machine
+from tests.vllm.schedulers import TOKENS, VOCABULARY, NewMachine
 
 # What vLLM and torch warn of while they build a config is not ours.
 pytestmark = pytest.mark.filterwarnings("default")
-
-NewMachine = Callable[..., Machine]
-
-
-@pytest.fixture
-def new_machine(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[NewMachine]:
-    """Give a function that makes machines on one root, once their store is in a state; all are closed."""
-    for name, value in {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    machines: list[Machine] = []
-
-    def make(*, state: str = "on", **fields: Any) -> Machine:
-        options = {"root": str(tmp_path / "root"), "miss_ttl_s": 0.001, "cpu_bytes_to_use": 2**20}
-        machine = Machine(tiny_llama, {**options, "load_policy": "always"}, **fields)
-        machines.append(machine)
-        machine.await_state(state)
-        return machine
-
-    yield make
-    for machine in machines:
-        machine.close()
 
 
 def words(count: int, *, seed: int) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 from tests.vllm.models import REPO
 
 VERSIONS = ["0.33.0"]
-FILES = ["test_tier_on_manager.py", "test_schedules.py"]
+FILES = ["test_tier_on_manager.py", "test_schedules.py", "test_direct_failures.py"]
 TIMEOUT_S = 500
 
 

@@ -5,6 +5,7 @@ start; everything later is a miss or a skipped store.
 """
 
 import logging
+import sys
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from prefixstore.clock import SystemClock
 from prefixstore.errors import InvalidError, PrefixStoreError
 from prefixstore.vllm import metrics
-from prefixstore.vllm.direct.messages import StepOrders, StepReport
+from prefixstore.vllm.direct.messages import StepOrders, StepReport, StoreOrder
 from prefixstore.vllm.direct.opening import open_worker
 from prefixstore.vllm.direct.scheduler import DirectScheduler
 from prefixstore.vllm.direct.shapes import (
@@ -70,9 +71,18 @@ STORES_YIELD_S = 1e-3
 
 @dataclass
 class OrdersMessage(KVConnectorMetadata):
-    """A step's orders, as vLLM carries them to the workers."""
+    """A step's orders, as vLLM carries them to the workers.
+
+    Attributes:
+        orders: The orders.
+        books: Whose they are, for a worker in the same process: it is not carried to another.
+    """
 
     orders: StepOrders
+    books: DirectScheduler | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"orders": self.orders, "books": None}
 
 
 @dataclass
@@ -109,6 +119,10 @@ def _nothing() -> None:
 
 
 def _no_results() -> set[str] | None:
+    return None
+
+
+def _no_stores() -> list[StoreOrder] | None:
     return None
 
 
@@ -155,6 +169,8 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
         self._shapes = chunk_shapes(kv_cache_config, blocks=self._blocks_per_chunk)
         self._rank = vllm_config.parallel_config.rank
         self._worker: DirectWorker | None = None
+        self._books_nearby: DirectScheduler | None = None
+        self._handled: BaseException | None = None
         self._scheduler: DirectScheduler | None = None
         if role is KVConnectorRole.SCHEDULER:
             # With speculative decoding the store is off, and windows would be kept for nothing.
@@ -225,8 +241,11 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
     @override
     @guarded(lambda: None)
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        # Whoever drives the engine may be handling an exception: that one is none of this step's.
+        self._handled = sys.exception()
         if self._worker is not None and isinstance(kv_connector_metadata, OrdersMessage):
-            self._worker.lose_blocks(kv_connector_metadata.orders)
+            self._books_nearby = kv_connector_metadata.books
+            self._worker.begin(kv_connector_metadata.orders)
 
     @override
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
@@ -252,8 +271,16 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
     @override
     @guarded(lambda: None)
     def wait_for_save(self) -> None:
-        if self._worker is not None:
-            self._worker.save(self._bound_orders())
+        # vLLM calls this on the way out of a forward pass that failed, too
+        # (v1/worker/kv_connector_model_runner_mixin.py).
+        raised = sys.exception()
+        has_failed = raised is not None and raised is not self._handled
+        self._handled = None
+        if self._worker is None:
+            return
+        if has_failed:
+            self._worker.fail()
+        self._worker.save(self._bound_orders())
 
     @override
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
@@ -310,7 +337,18 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
     @guarded(lambda: None)
     def shutdown(self) -> None:
         if self._worker is not None:
-            self._worker.close(self._options.drain_s)
+            self._worker.close(self._options.drain_s, last=self._take_last_stores())
+
+    @guarded(_no_stores)
+    def _take_last_stores(self) -> list[StoreOrder] | None:
+        """Return the stores that no step will carry; None where it is not known what the KV cache holds.
+
+        Between steps vLLM may discard it (sleep), and calls to the workers may do anything to it. The
+        scheduler's side is told, and a worker in another process would hear of it with the next step.
+        """
+        if self._books_nearby is None or self._worker is None:
+            return None
+        return self._books_nearby.take_last_stores(self._worker.ended_step)
 
     def _bound_orders(self) -> StepOrders:
         message = self._get_connector_metadata()
@@ -355,7 +393,7 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
         # What is not known to stay may be overwritten by this step.
         orders.are_all_overwritten |= not is_known
         self._plan(orders, scheduler_output)
-        return OrdersMessage(orders)
+        return OrdersMessage(orders, self._books)
 
     @guarded(lambda: False)
     def _give_away(self, output: "SchedulerOutput") -> bool:
@@ -367,6 +405,9 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
     def _plan(self, orders: StepOrders, output: "SchedulerOutput") -> None:
         state = output.kv_connector_block_state
         assert state is not None, "vLLM hands it to connectors"
+        for new in output.scheduled_new_reqs:
+            if getattr(new, "prompt_embeds", None) is not None:
+                self._books.leave_alone(new.req_id)
         self._books.plan(
             orders,
             scheduled_tokens=output.num_scheduled_tokens,
@@ -389,12 +430,12 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished(
         self, request: "Request", block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        self._finish(request)
+        self._finish(request, (block_ids,))
         return False, None
 
     @guarded(lambda: None)
-    def _finish(self, request: "Request") -> None:
-        self._books.finish(request)
+    def _finish(self, request: "Request", blocks: "Sequence[Sequence[int]]") -> None:
+        self._books.finish(request, blocks)
 
     @override
     @guarded(lambda: False)
@@ -405,7 +446,8 @@ class DirectConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: "Request", block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self.request_finished(request, block_ids[0])
+        self._finish(request, block_ids)
+        return False, None
 
     @override
     @guarded(lambda: False)

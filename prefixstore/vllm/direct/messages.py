@@ -76,7 +76,7 @@ class LoadOrder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreOrder:
-    """Store one chunk that is computed when the step's forward pass has ended.
+    """Store one chunk.
 
     Attributes:
         number: Comes back once the blocks are no longer needed, whether stored or dropped.
@@ -95,6 +95,10 @@ class StepOrders:
     """What the workers are to do in one step.
 
     Attributes:
+        number: Of the step, from 1; a worker that misses one knows that it failed.
+        proven: The last step that every rank has ended, as all before it.
+        stores: Of blocks that are computed when this step's forward pass has ended.
+        late_stores: Of blocks that earlier steps have computed.
         overwritten: Numbers of stores whose blocks this step gives away: not to be read any more.
         are_all_overwritten: Nobody could tell which: no store of an earlier step is to be read.
         touched: Keys that were used.
@@ -102,9 +106,12 @@ class StepOrders:
         is_idle: No forward pass belongs to this step.
     """
 
+    number: int = 0
+    proven: int = 0
     finds: list[FindOrder] = field(default_factory=list)
     loads: list[LoadOrder] = field(default_factory=list)
     stores: list[StoreOrder] = field(default_factory=list)
+    late_stores: list[StoreOrder] = field(default_factory=list)
     overwritten: list[int] = field(default_factory=list)
     are_all_overwritten: bool = False
     touched: "list[Key]" = field(default_factory=list)
@@ -121,6 +128,7 @@ class RankReport:
         settled: Numbers of stores whose blocks it no longer needs.
         loads: Bytes, seconds and number of loads that ran together.
         ends_step: A step that computed something has ended.
+        ended: The last step that it has ended, as all before it; told where ranks compute together.
         is_off: Its store is off for good.
     """
 
@@ -128,12 +136,14 @@ class RankReport:
     settled: list[int] = field(default_factory=list)
     loads: list[tuple[float, float, int]] = field(default_factory=list)
     ends_step: bool = False
+    ended: int = 0
     is_off: bool = False
 
     @property
     def tells(self) -> bool:
         """Whether there is anything in it."""
-        return bool(self.found or self.settled or self.loads or self.ends_step or self.is_off)
+        told = (self.found, self.settled, self.loads, self.ends_step, self.ended, self.is_off)
+        return any(told)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -151,5 +161,6 @@ class StepReport:
                 joined.ranks[rank].settled.extend(report.settled)
                 joined.ranks[rank].loads.extend(report.loads)
                 joined.ranks[rank].ends_step |= report.ends_step
+                joined.ranks[rank].ended = max(joined.ranks[rank].ended, report.ended)
                 joined.ranks[rank].is_off |= report.is_off
         return joined

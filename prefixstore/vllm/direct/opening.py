@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from prefixstore.clock import Clock
-    from prefixstore.vllm.direct.worker import Observer
+    from prefixstore.vllm.direct.observer import Observer
     from prefixstore.vllm.options import TierOptions
 
 __all__ = ["choose_device", "open_worker"]
@@ -78,6 +78,7 @@ def open_worker(
         patience=Patience(load=options.load_deadline_s),
         clock=clock,
         element_bytes=account.element_bytes,
+        is_alone=ranks == 1,
     )
 
     def bind() -> None:

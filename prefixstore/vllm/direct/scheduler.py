@@ -5,7 +5,8 @@ of its own), which to load, and which to store when a step has computed them. A 
 **every** rank says so.
 
 A store may read its blocks after its request has ended or moved on: vLLM takes them back at once, and what
-they hold stays until they are given to somebody. So each step tells the workers which stores it overwrites.
+they hold stays until they are given to somebody. So each step tells the workers which stores it overwrites. A
+request may even end before it is known which of its chunks the store holds: then the rest is ordered late.
 
 vLLM calls all of this on its scheduler's thread.
 """
@@ -15,7 +16,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from prefixstore.keys import Key
+from prefixstore.keys import Key, kv_group
 from prefixstore.vllm.direct.chunks import ChunkShape, chunk_step, is_kept, match_tokens
 from prefixstore.vllm.direct.messages import (
     FindOrder,
@@ -62,6 +63,7 @@ class _Request:
         pays: Whether its match is worth loading, once that was asked.
         load_most: Tokens to load at most; None: no limit.
         offload_most: Tokens from the first to store at most.
+        last_stores: Of a request that has ended: what it computed, until its find is answered.
     """
 
     request: "Request"
@@ -76,6 +78,7 @@ class _Request:
     pays: bool | None = None
     load_most: int | None = None
     offload_most: int | None = None
+    last_stores: list[StoreOrder] = field(default_factory=list)
 
     def holds(self, group: int, number: int) -> bool:
         """Whether the store was said to hold a chunk."""
@@ -95,7 +98,7 @@ class _Store:
 class _Find:
     """A find under way: who asked, and what each rank has said."""
 
-    request_id: str
+    state: _Request
     answers: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
 
 
@@ -134,10 +137,13 @@ class DirectScheduler:
         self._loads_whole = len(self._shapes) > 1 or self._shapes[0].window is not None
         self._requests: dict[str, _Request] = {}
         self._finds: dict[int, _Find] = {}
+        self._ended: dict[int, _Request] = {}  # Ticket → one that waits for the answer to store.
         self._stores: dict[int, _Store] = {}
         self._readers: dict[int, set[int]] = {}  # Block → stores that still read it.
         self._moved_s = 0.0
         self._numbers = itertools.count(1)
+        self._steps = 0
+        self._ended_steps = dict.fromkeys(self._ranks, 0)
         self._orders = StepOrders()
         self._is_off = False
 
@@ -145,12 +151,19 @@ class DirectScheduler:
         """Neither find nor store any more; loads under way still end."""
         self._is_off = True
         self._finds.clear()
+        for state in self._ended.values():
+            for order in state.last_stores:
+                self._forget_store(order.number)
+        self._ended.clear()
 
     # A request's way.
 
     def add(self, request: "Request") -> None:
-        """Take a request. One with an adapter is left alone: a hash knows an adapter by name only."""
-        if request.lora_request is None:
+        """Take a request, or leave it alone.
+
+        A hash knows an adapter by name only, and of embeddings neither their dtype nor which are used.
+        """
+        if request.lora_request is None and getattr(request, "prompt_embeds", None) is None:
             self._requests[request.request_id] = _Request(
                 request,
                 keys=[[] for _ in self._shapes],
@@ -176,10 +189,9 @@ class DirectScheduler:
             loadable = min(loadable, local_tokens + state.load_most)
         if state.present is None:
             self._ask(state)
-            is_late = self._clock.monotonic_s() - state.asked_s > self._find_patience_s
             if loadable <= local_tokens or request.skip_reading_prefix_cache:
                 return 0
-            if not is_late and state.ticket is not None:
+            if not self._is_late(state) and state.ticket is not None:
                 return None
             self._conclude(state)
         assert state.present is not None, "answered, or concluded just now"
@@ -241,12 +253,25 @@ class DirectScheduler:
             )
         )
 
-    def finish(self, request: "Request") -> None:
-        """Forget a request; what is to be stored of it is read until its blocks are given away."""
+    def leave_alone(self, request_id: str) -> None:
+        """Neither find nor store for a request from now on."""
+        if (state := self._requests.pop(request_id, None)) is not None:
+            self._finds.pop(state.ticket or 0, None)
+
+    def finish(self, request: "Request", blocks: "Sequence[Sequence[int]]") -> None:
+        """Forget a request; what is to be stored of it is read until its blocks are given away.
+
+        Args:
+            request: The request.
+            blocks: Those that it gives back, by group.
+        """
         state = self._requests.pop(request.request_id, None)
         if state is None:
             return
-        self._finds.pop(state.ticket or 0, None)
+        if state.present is None and not state.loading and not self._is_off:
+            self._offer_late(state, blocks)
+        else:
+            self._finds.pop(state.ticket or 0, None)
         if not self._is_off:
             self._orders.touched += itertools.chain.from_iterable(state.keys)
 
@@ -266,9 +291,29 @@ class DirectScheduler:
 
     def take_loads(self) -> StepOrders:
         """Begin the orders of a step with what must reach the workers whatever else fails."""
+        while self._ended and self._is_late(state := next(iter(self._ended.values()))):
+            self._conclude(state)
         orders, self._orders = self._orders, StepOrders()
+        self._steps += 1
+        orders.number = self._steps
+        orders.proven = min(self._ended_steps.values())
         orders.is_off = self._is_off
         return orders
+
+    def take_last_stores(self, ended_step: int) -> list[StoreOrder] | None:
+        """Return the stores that no step will carry, since the engine ends.
+
+        Args:
+            ended_step: The last step that came through at the only worker.
+
+        Returns:
+            The stores; None where blocks may not hold what they held: a step failed, the cache was reset.
+        """
+        if self._is_off or ended_step != self._steps:
+            return None
+        for state in [*self._ended.values()]:
+            self._conclude(state)
+        return [order for order in self._orders.late_stores if order.number in self._stores]
 
     def plan(
         self,
@@ -307,6 +352,7 @@ class DirectScheduler:
         if self._worth is not None:
             self._worth.take_reports([*report.ranks.values()])
         for rank, part in report.ranks.items():
+            self._ended_steps[rank] = max(self._ended_steps[rank], part.ended)
             for ticket, flags in part.found.items():
                 self._take_answer(rank, ticket, flags)
             for number in part.settled:
@@ -361,7 +407,7 @@ class DirectScheduler:
             return
         state.ticket = next(self._numbers)
         state.asked_s = self._clock.monotonic_s()
-        self._finds[state.ticket] = _Find(state.request.request_id)
+        self._finds[state.ticket] = _Find(state)
         groups = [
             GroupFind(keys=tuple(keys), chunk_tokens=shape.tokens, is_chained=shape.window is None)
             for shape, keys in zip(self._shapes, state.keys, strict=True)
@@ -385,23 +431,31 @@ class DirectScheduler:
             return  # Concluded before, or its request is gone.
         find.answers[rank] = flags
         if find.answers.keys() >= self._ranks:
-            state = self._requests.get(find.request_id)
-            if state is not None and state.ticket == ticket:
-                by_group = zip(*find.answers.values(), strict=True)
-                # A rank that says less than the others holds no more.
-                self._conclude(
-                    state,
-                    [bytearray(map(all, zip(*parts, strict=False))) for parts in by_group],
-                )
-            self._finds.pop(ticket, None)
+            by_group = zip(*find.answers.values(), strict=True)
+            # A rank that says less than the others holds no more.
+            self._conclude(
+                find.state,
+                [bytearray(map(all, zip(*parts, strict=False))) for parts in by_group],
+            )
 
     def _conclude(self, state: _Request, present: list[bytearray] | None = None) -> None:
         """End a request's find; by default nothing was found."""
         if state.ticket is not None:
             self._finds.pop(state.ticket, None)
+            self._ended.pop(state.ticket, None)
         state.ticket = None
         state.present = present or [bytearray() for _ in self._shapes]
         state.next_chunk = [0] * len(self._shapes)
+        last_stores, state.last_stores = state.last_stores, []
+        for order in last_stores:
+            group = kv_group(order.key)
+            if state.holds(group, order.end_token // self._shapes[group].tokens - 1):
+                self._forget_store(order.number)
+            elif order.number in self._stores:  # Its blocks were not given away meanwhile.
+                self._orders.late_stores.append(order)
+
+    def _is_late(self, state: _Request) -> bool:
+        return self._clock.monotonic_s() - state.asked_s > self._find_patience_s
 
     def _lose(self, state: _Request, places: "Iterable[tuple[int, int]]") -> None:
         """Note chunks that a load did not bring: from each on, what is computed is stored again."""
@@ -420,13 +474,31 @@ class DirectScheduler:
     ) -> None:
         """Order the stores of the chunks that this step completes, and of those before them."""
         if state.present is None:
-            is_late = self._clock.monotonic_s() - state.asked_s > self._find_patience_s
-            if not is_late:
+            if not self._is_late(state):
                 return  # The answer says which of them are stored already.
             self._conclude(state)
         request = state.request
-        self._learn_keys(state)
         computed = request.num_computed_tokens + scheduled_tokens
+        orders.stores += self._make_stores(state, computed, lambda: blocks_of(request.request_id))
+
+    def _offer_late(self, state: _Request, blocks: "Sequence[Sequence[int]]") -> None:
+        """Order what an ended request has computed, once it is known which of that is stored already."""
+        request = state.request
+        # Steps under way may still be at the last of them.
+        computed = request.num_computed_tokens - request.num_in_flight_tokens
+        state.next_chunk = [0] * len(self._shapes)
+        state.last_stores = self._make_stores(state, computed, lambda: blocks)
+        if state.ticket is None or not state.last_stores:
+            self._conclude(state)
+        else:
+            self._ended[state.ticket] = state
+
+    def _make_stores(
+        self, state: _Request, computed: int, blocks_of: "Callable[[], Sequence[Sequence[int]]]"
+    ) -> list[StoreOrder]:
+        """Make the orders for what a request has newly computed."""
+        request = state.request
+        self._learn_keys(state)
         if self._prompts_only:
             computed = min(computed, request.num_prompt_tokens)
         if state.offload_most is not None:
@@ -440,13 +512,13 @@ class DirectScheduler:
             for number in range(first, end):
                 if state.holds(group, number) or not self._keeps(state, shape, number):
                     continue
-                blocks = blocks_of(request.request_id) if blocks is None else blocks
+                blocks = blocks_of() if blocks is None else blocks
                 row = blocks[group][number * shape.blocks : (number + 1) * shape.blocks]
                 if NULL_BLOCK in row or len(row) < shape.blocks:
                     continue  # It has left the window; or not all of it is there to be read.
                 stores.append(self._make_store(state, group, number, blocks=tuple(row)))
         # Parents before children, so that a crash leaves no gap.
-        orders.stores += sorted(stores, key=lambda store: store.end_token)
+        return sorted(stores, key=lambda store: store.end_token)
 
     def _keeps(self, state: _Request, shape: ChunkShape, number: int) -> bool:
         """Whether a chunk is worth storing."""
@@ -488,7 +560,8 @@ class DirectScheduler:
                 self._forget_store(number)
 
     def _forget_store(self, number: int) -> None:
-        for block in self._stores.pop(number).blocks:
+        store = self._stores.pop(number, None)
+        for block in store.blocks if store is not None else ():
             readers = self._readers[block]
             readers.discard(number)
             if not readers:

@@ -8,10 +8,15 @@ The model's thread calls everything here in each step, and nothing here waits fo
 - **Store**: once the step has computed the blocks, device → staging buffer, and the I/O process publishes
   the buffer. Stores for which no buffer is free wait for one, until a step gives their blocks to another
   request, or to another place of their own: then they are dropped, and copies under way end before the
-  model's work begins, on the device. Nobody's blocks are kept for a store.
+  model's work begins, on the device. Nobody's blocks are kept for a store (``stores``).
 
 A load that comes late reaches nothing: before it copies, the pump asks under a lock whether the chunk
 is still wanted, and it is not once it was reported.
+
+A step that failed leaves KV that is not what its tokens stand for, and later steps compute on it. Steps are
+numbered, so one that did not come through is seen when the next begins, and nothing is stored any more. Where
+ranks compute together, the step of one can fail while the other computes on what never came: there a copy is
+published once all ranks are known to have ended its step.
 """
 
 import contextlib
@@ -19,20 +24,13 @@ import ctypes
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from prefixstore.clock import Clock
 from prefixstore.ioproc.client import IoClient
-from prefixstore.ioproc.jobs import (
-    ChunkLoad,
-    ChunkStore,
-    Completion,
-    FindDone,
-    LoadDone,
-    StoreDone,
-)
+from prefixstore.ioproc.jobs import ChunkLoad, Completion, FindDone, LoadDone, StoreDone
 from prefixstore.keys import kv_group
 from prefixstore.vllm.direct.device import Device, Mark
 from prefixstore.vllm.direct.finds import Finds
@@ -44,15 +42,17 @@ from prefixstore.vllm.direct.messages import (
     StepOrders,
     StoreOrder,
 )
-from prefixstore.vllm.direct.pages import Pages, join_copies
+from prefixstore.vllm.direct.observer import Observer
+from prefixstore.vllm.direct.pages import Pages
 from prefixstore.vllm.direct.ring import Lease, StagingRing
+from prefixstore.vllm.direct.stores import Stores
 from prefixstore.vllm.direct.worth import LoadNotes
 from prefixstore.vllm.worth import LoadMeter
 
 if TYPE_CHECKING:
     from prefixstore.keys import Key
 
-__all__ = ["OPEN_PATIENCE_S", "DirectWorker", "Observer", "Patience"]
+__all__ = ["OPEN_PATIENCE_S", "DirectWorker", "Patience"]
 
 logger = logging.getLogger("prefixstore")
 
@@ -60,30 +60,8 @@ OPEN_PATIENCE_S = 5.0
 """How long the first lookups of an engine wait for its store to open: it takes a second or so, and an
 engine that just came back is asked about the longest prefixes."""
 
-LEASES_FOR_LOADS = 2
-"""Buffers that stores leave free, so that a request never waits for the store of another."""
-
-STORES_WAITING_MAX = 65536
-"""Chunks that wait for a buffer while their blocks are theirs: half a kilobyte of books each."""
-
 CLOSING_POLL_S = 0.001
 """How often an engine that ends looks for free buffers."""
-
-
-class Observer(Protocol):
-    """Who counts what happened. Reasons are metric labels."""
-
-    def missed(self, reason: str, chunks: int = 1) -> None:
-        """Count chunks that a lookup had found and that were not loaded."""
-        ...
-
-    def skipped(self, reason: str, chunks: int = 1) -> None:
-        """Count chunks that were offered and not stored."""
-        ...
-
-    def moved(self, *, loaded_bytes: int = 0, stored_bytes: int = 0) -> None:
-        """Count bytes that came from the store and that went there."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,19 +106,12 @@ class _Chunk:
     mark: Mark = None
 
 
-@dataclass(slots=True, eq=False)
-class _Batch:
-    """Stores whose copy to staging buffers is under way."""
-
-    stores: list[tuple[StoreOrder, Lease]]
-    mark: Mark
-
-
 class DirectWorker:
     """Moves one worker's KV. For the model's thread, but ``bind`` and ``turn_off``.
 
     Args:
         pages: Of each KV group, by vLLM's number of it.
+        is_alone: No other rank computes with this one.
     """
 
     def __init__(
@@ -153,6 +124,7 @@ class DirectWorker:
         patience: Patience,
         clock: Clock,
         element_bytes: int,
+        is_alone: bool,
     ) -> None:
         self._pages = tuple(pages)
         self._device = device
@@ -160,7 +132,7 @@ class DirectWorker:
         self._observer = observer
         self._patience = patience
         self._clock = clock
-        self._element_bytes = element_bytes
+        self._is_alone = is_alone
         self._client: IoClient | None = None
         self._off_reason: str | None = None
         self._tells_off = False  # The scheduler's side is to be told.
@@ -174,10 +146,17 @@ class DirectWorker:
         self._load_meter = LoadMeter(self._load_notes)
         self._loads: dict[str, _Load] = {}
         self._chunks: dict[int, _Chunk] = {}
-        self._stores_waiting: deque[StoreOrder] = deque()
-        self._batches: deque[_Batch] = deque()
-        self._storing: dict[int, tuple[StoreOrder, Lease]] = {}
-        self._keys_storing: set[Key] = set()
+        self._stores = Stores(
+            pages=pages,
+            device=device,
+            ring=ring,
+            observer=observer,
+            element_bytes=element_bytes,
+            next_ticket=self._next_ticket,
+        )
+        self._ended_step = 0  # The last that came through, as all before it did.
+        self._proven_step = 0  # The same on every rank.
+        self._has_failed = False
         self._failed_blocks: set[int] = set()
         self._failed_requests: set[str] = set()
         self._report = RankReport()
@@ -204,25 +183,24 @@ class DirectWorker:
 
     # The steps of vLLM, in this order.
 
-    def lose_blocks(self, orders: StepOrders) -> None:
-        """Read no more for stores whose blocks this step overwrites; before its work is submitted."""
-        lost = set(orders.overwritten)
-        if not lost and not orders.are_all_overwritten:
-            return
+    def begin(self, orders: StepOrders) -> None:
+        """See that the steps before came through, and let go of what this one overwrites, before its work."""
+        try:
+            if self._has_failed or orders.number != self._ended_step + 1:
+                self.fail()
+            self._proven_step = max(self._proven_step, orders.proven)
+            self._stores.take(orders.late_stores, step=orders.number - 1)
+            self._stores.lose(orders)
+        except Exception:
+            self._stores.void("error")  # What is overwritten unseen is not published.
+            raise
 
-        def is_lost(order: StoreOrder) -> bool:
-            return orders.are_all_overwritten or order.number in lost
-
-        self._drop_stores(is_lost, "overwritten")
-        for batch in [*self._batches]:
-            if any(is_lost(order) for order, _ in batch.stores):
-                try:
-                    self._device.hold_model(batch.mark)
-                except Exception:
-                    # What is still copied may be another's: none of it is published.
-                    self._batches.remove(batch)
-                    self._fail_batch(batch.stores)
-                    raise
+    def fail(self) -> None:
+        """Store nothing any more, since a step failed: what it left is not KV, and later steps read it."""
+        self.turn_off("a step of the engine failed")
+        self._has_failed = True
+        self._tells_off = True  # Each time: what a step that fails reports does not arrive.
+        self._stores.void("off")
 
     def start(self, orders: StepOrders) -> None:
         """Take a step's finds and loads."""
@@ -261,26 +239,21 @@ class DirectWorker:
                 )
 
     def save(self, orders: StepOrders) -> None:
-        """Take a step's stores; the step's forward pass has been submitted."""
+        """Take a step's stores; the step's forward pass has been submitted, and did not fail."""
+        if not self._has_failed:
+            self._ended_step = orders.number
         self._report.ends_step = not orders.is_idle
-        for order in orders.stores:
-            if order.key in self._keys_storing or len(self._stores_waiting) >= STORES_WAITING_MAX:
-                self._settle(order)
-            else:
-                self._keys_storing.add(order.key)
-                self._stores_waiting.append(order)
+        self._stores.take(orders.stores, step=orders.number)
         self._copy_stores()
 
     def poll(self) -> set[str]:
         """Move everything on; return the requests whose loads have ended."""
         now_s = self._clock.monotonic_s()
-        if self._client is not None:
-            for completion in self._client.poll():
-                self._take(completion)
+        self._take_completions()
         self._answer_finds(now_s)
         self._end_copies(now_s)
         self._start_loads(now_s)
-        self._end_batches()
+        self._publish_stores()
         self._copy_stores()
         loaded = {
             request_id
@@ -307,6 +280,9 @@ class DirectWorker:
         report.found, self._finds.answers = self._finds.answers, {}
         report.is_off, self._tells_off = self._tells_off, False
         report.loads = self._load_notes.take()
+        report.settled, self._stores.settled = self._stores.settled, []
+        if not self._is_alone:
+            report.ended = self._ended_step
         return report if report.tells else None
 
     @property
@@ -316,8 +292,13 @@ class DirectWorker:
 
     @property
     def is_storing(self) -> bool:
-        """Whether stores wait for a buffer, or for the end of their copy."""
-        return bool(self._stores_waiting or self._batches)
+        """Whether stores wait for anything but the I/O process."""
+        return self._stores.is_moving
+
+    @property
+    def ended_step(self) -> int:
+        """The last step that came through, as all before it did."""
+        return self._ended_step
 
     def abandon(self) -> set[str]:
         """Give everything up after a bug of ours; return what ``poll`` would. Nothing lands any more."""
@@ -329,29 +310,38 @@ class DirectWorker:
         for chunk in self._chunks.values():
             chunk.lease.release()
         self._chunks.clear()
-        for order, lease in [pair for batch in self._batches for pair in batch.stores]:
-            self._end_store(order, lease, skipped="error")
-        self._keys_storing.difference_update(order.key for order in self._stores_waiting)
-        self._batches.clear()
-        self._stores_waiting.clear()
+        self._stores.abandon()
         loads, self._loads = self._loads, {}
         for load in loads.values():
             load.failed.update(block for chunk in load.order.chunks for block in chunk.blocks)
             self._end_load(load)
         return set(loads)
 
-    def close(self, timeout_s: float) -> None:
-        """Publish what was offered, for a bounded time, and end the I/O process; no step follows."""
+    def close(self, timeout_s: float, *, last: Sequence[StoreOrder] | None) -> None:
+        """Publish what was offered, for a bounded time, and end the I/O process; no step follows.
+
+        Args:
+            timeout_s: How long that may take.
+            last: Stores of ended requests for which no step came; None: nobody here can tell whether the KV
+                cache still holds what it held, so nothing more is copied from it.
+        """
         end_s = self._clock.monotonic_s() + timeout_s
         self._is_closed = True
-        self._copy_stores()
-        while self._stores_waiting and self._clock.monotonic_s() < end_s:
-            self._clock.sleep(CLOSING_POLL_S)
-            self._end_batches()
+        client = self._client
+        try:
+            if last is None or client is None:
+                self._stores.drop("off")
+            else:
+                self._stores.take(last, step=self._ended_step)
             self._copy_stores()
-        self._end_batches()
-        if (client := self._client) is not None:
-            client.close(max(0.0, end_s - self._clock.monotonic_s()))
+            while self._stores.is_moving and self._clock.monotonic_s() < end_s:
+                self._clock.sleep(CLOSING_POLL_S)
+                self._take_completions()
+                self._publish_stores()
+                self._copy_stores()
+        finally:
+            if client is not None:
+                client.close(max(0.0, end_s - self._clock.monotonic_s()))
 
     # Finds.
 
@@ -462,102 +452,25 @@ class DirectWorker:
     # Stores.
 
     def _copy_stores(self) -> None:
-        """Start as many copies to staging buffers as there are buffers."""
-        if self.state != "on":
-            if self.state != "opening":
-                self._drop_stores(lambda _: True, self.state)
-            return
-        chosen: list[tuple[StoreOrder, Lease]] = []
-        while self._stores_waiting and (lease := self._lease_for_store()) is not None:
-            chosen.append((self._stores_waiting.popleft(), lease))
-        if chosen:
-            self._copy_batch(chosen)
-            self._end_batches()
+        if self.state == "on":
+            if self._stores.copy():
+                self._publish_stores()
+        elif self.state != "opening":
+            self._stores.drop(self.state)
 
-    def _lease_for_store(self) -> Lease | None:
-        return self._ring.acquire(leave=min(LEASES_FOR_LOADS, self._ring.count - 1))
-
-    def _copy_batch(self, stores: list[tuple[StoreOrder, Lease]]) -> None:
-        try:
-            copies = join_copies(
-                [
-                    self._pages_of(order.key).copies(lease.address, order.blocks)
-                    for order, lease in stores
-                ]
-            )
-            mark = self._device.store(copies, after=self._device.now())
-        except Exception:
-            self._fail_batch(stores)
-            raise
-        self._batches.append(_Batch(stores, mark))
-
-    def _fail_batch(self, stores: list[tuple[StoreOrder, Lease]]) -> None:
-        # If a part of it is under way, it ends before the buffers are another's.
-        with contextlib.suppress(Exception):
-            self._device.finish()
-        for order, lease in stores:
-            self._settle(order)
-            self._end_store(order, lease, skipped="error")
-
-    def _end_batches(self) -> None:
-        """Hand the buffers of finished copies to the I/O process; their blocks are free."""
-        while self._batches and self._device.is_past(self._batches[0].mark):
-            stores = self._batches.popleft().stores
-            for order, _ in stores:
-                self._settle(order)
-            for order, lease in stores:
-                try:
-                    self._submit_store(order, lease)
-                except Exception:
-                    logger.exception("a chunk could not be handed to the I/O process")
-                    self._end_store(order, lease, skipped="error")
-
-    def _submit_store(self, order: StoreOrder, lease: Lease) -> None:
-        payload_bytes = self._pages_of(order.key).payload_bytes
-
-        def fill(payload: memoryview) -> None:
-            target = ctypes.addressof(ctypes.c_char.from_buffer(payload))
-            ctypes.memmove(target, lease.address, payload_bytes)
-            lease.release()
-
-        assert self._client is not None, "a store is copied when there is one"
-        ticket = self._next_ticket()
-        chunk = ChunkStore(
-            key=order.key,
-            parent=order.parent,
-            end_token=order.end_token,
-            element_bytes=self._element_bytes,
-            raw_bytes=payload_bytes,
-            fill=fill,
+    def _publish_stores(self) -> None:
+        self._stores.publish(
+            self._client,
+            proven=self._ended_step if self._is_alone else self._proven_step,
+            is_last=self._is_closed or self._off_reason is not None,
         )
-        if self._client.store(ticket, [chunk]):
-            self._storing[ticket] = (order, lease)
-        else:
-            self._end_store(order, lease, skipped="busy")
-
-    def _end_store(self, order: StoreOrder, lease: Lease, *, skipped: str | None) -> None:
-        lease.release()
-        self._keys_storing.discard(order.key)
-        if skipped is not None:
-            self._observer.skipped(skipped)
-
-    def _drop_stores(self, is_dropped: Callable[[StoreOrder], bool], reason: str) -> None:
-        """Drop the waiting stores that ``is_dropped`` names."""
-        kept: deque[StoreOrder] = deque()
-        for order in self._stores_waiting:
-            if is_dropped(order):
-                self._keys_storing.discard(order.key)
-                self._observer.skipped(reason)
-                self._settle(order)
-            else:
-                kept.append(order)
-        self._stores_waiting = kept
-
-    def _settle(self, order: StoreOrder) -> None:
-        """Note that a store no longer needs its blocks."""
-        self._report.settled.append(order.number)
 
     # What the I/O process has done.
+
+    def _take_completions(self) -> None:
+        if self._client is not None:
+            for completion in self._client.poll():
+                self._take(completion)
 
     def _take(self, completion: Completion) -> None:
         match completion:
@@ -572,10 +485,7 @@ class DirectWorker:
                 )
                 self._take_load(completion)
             case StoreDone():
-                order, lease = self._storing.pop(completion.ticket)
-                skipped = next(iter(completion.skipped.values()), None)
-                self._end_store(order, lease, skipped=skipped)
-                self._observer.moved(stored_bytes=completion.stored_bytes)
+                self._stores.end(completion)
 
     def _pages_of(self, key: "Key") -> Pages:
         return self._pages[kv_group(key)]
