@@ -2,7 +2,7 @@
 
 A load leaves the device to other requests, so it may take somewhat longer than computing the same
 tokens and still pay. On a slow share under a fast device it takes many times longer, and a hit is then
-a loss for the request and nobody's gain. Pure: sizes and times in, decisions out.
+a loss for the request and nobody's gain. Sizes and times in, decisions out: no clock, no I/O.
 
 A match is declined only on evidence: enough loads and enough prefill steps seen, and the load expected
 to take more than ``LOSES_BY`` times as long as computing. Matches are taken again once a load would be
